@@ -1,0 +1,167 @@
+"""SoLA's adaptive component-wise rank allocation (method.md §4), on shapes and energies alone.
+
+Every matrix has a grid of ranks (multiples of its alignment). All start at a retained energy of 99.9 %; the step down that
+loses least energy per weight of the matrix is taken, never one that loses more than a clamp (0.1 %, relaxed by 0.02 % when no
+step passes) or starts below a floor of 90 %, until the budget is met. Then, as the authors do, the ranks are collapsed to one
+per component type. What that rounds away is settled afterwards: whole components, then single matrices, move by one grid step
+while that brings the parameter count nearer to the budget.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sola_edge.config import MatrixLayout, Split
+
+START, FLOOR, FLOOR_RELAXATION = 0.999, 0.90, 0.05
+CLAMP, CLAMP_RELAXATION = 0.001, 0.0002
+
+
+@dataclass(frozen=True)
+class MatrixSpectrum:
+    """What the allocation knows of one matrix.
+
+    n_out, n_in, prime, split: as in MatrixLayout. energy: (k + 1,) retained energy e(r) of rank r = 0 … k of the part that is
+    not prime. align: ranks are its multiples. Rank 0 stands for *left dense* everywhere in this module.
+    """
+
+    module: str
+    component: str
+    n_out: int
+    n_in: int
+    prime: int
+    split: Split
+    align: int
+    energy: np.ndarray = field(repr=False)
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.n_out * self.n_in
+
+    def layout(self, rank: int) -> MatrixLayout | None:
+        """The layout of a rank, None where dense storage is no larger (then nothing is gained by factoring)."""
+        if rank == 0:
+            return None
+        layout = MatrixLayout(self.n_out, self.n_in, self.prime, rank, self.split)
+        return layout if layout.parameters < self.dense_parameters else None
+
+    def removed(self, rank: int) -> int:
+        """Parameters that the rank saves, 0 where it stays dense."""
+        layout = self.layout(rank)
+        return self.dense_parameters - layout.parameters if layout else 0
+
+    @property
+    def grid(self) -> list[int]:
+        """The ranks to choose from, ascending; the last may be the full rank."""
+        return list(range(self.align, len(self.energy), self.align)) or [len(self.energy) - 1]
+
+
+def greedy_ranks(spectra: Sequence[MatrixSpectrum], budget: int) -> list[int]:
+    """A rank for each matrix (0: left dense) such that about `budget` parameters are removed in all."""
+    ranks = _descend(spectra, budget)
+    ranks = _collapse(spectra, ranks)
+    for groups in (_components(spectra), [[i] for i in range(len(spectra))]):
+        ranks = _settle(spectra, ranks, budget, groups)
+    return [rank if s.removed(rank) else 0 for s, rank in zip(spectra, ranks, strict=True)]
+
+
+def most_removable(spectra: Sequence[MatrixSpectrum]) -> int:
+    """Parameters removed when every matrix has the smallest rank of its grid."""
+    return sum(s.removed(s.grid[0]) for s in spectra)
+
+
+def _descend(spectra: Sequence[MatrixSpectrum], budget: int) -> list[int]:
+    at = [_start(s) for s in spectra]
+    clamp, floor = CLAMP, FLOOR
+    removed = sum(s.removed(s.grid[i]) for s, i in zip(spectra, at, strict=True))
+    while removed < budget:
+        movable = [(*step, n) for n, s in enumerate(spectra) if (step := _step(s, at[n], floor)) is not None]
+        if not movable:
+            if all(i == 0 for i in at):
+                break
+            floor -= FLOOR_RELAXATION
+            continue
+        allowed = [move for move in movable if move[1] <= clamp]
+        if not allowed:
+            clamp += CLAMP_RELAXATION
+            continue
+        n = min(allowed)[2]
+        spectrum = spectra[n]
+        removed += spectrum.removed(spectrum.grid[at[n] - 1]) - spectrum.removed(spectrum.grid[at[n]])
+        at[n] -= 1
+    return [s.grid[i] for s, i in zip(spectra, at, strict=True)]
+
+
+def _start(spectrum: MatrixSpectrum) -> int:
+    enough = [i for i, rank in enumerate(spectrum.grid) if spectrum.energy[rank] >= START]
+    return enough[0] if enough else len(spectrum.grid) - 1
+
+
+def _step(spectrum: MatrixSpectrum, at: int, floor: float) -> tuple[float, float] | None:
+    """(energy drop per weight, energy drop) of one step down, None where none is left."""
+    grid = spectrum.grid
+    if at == 0 or spectrum.energy[grid[at]] < floor:
+        return None
+    drop = float(spectrum.energy[grid[at]] - spectrum.energy[grid[at - 1]])
+    return drop / spectrum.dense_parameters, drop
+
+
+def _components(spectra: Sequence[MatrixSpectrum]) -> list[list[int]]:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for n, spectrum in enumerate(spectra):
+        groups[spectrum.component].append(n)
+    return list(groups.values())
+
+
+def _collapse(spectra: Sequence[MatrixSpectrum], ranks: list[int]) -> list[int]:
+    """The mean rank of each component type, rounded to the grid."""
+    collapsed = list(ranks)
+    for group in _components(spectra):
+        mean = sum(ranks[n] for n in group) / len(group)
+        for n in group:
+            collapsed[n] = min(spectra[n].grid, key=lambda rank: abs(rank - mean))
+    return collapsed
+
+
+def _settle(
+    spectra: Sequence[MatrixSpectrum], ranks: list[int], budget: int, groups: Sequence[Sequence[int]]
+) -> list[int]:
+    """Move groups by one grid step each, always the move that comes nearest to the budget, while one comes nearer."""
+    removed = sum(s.removed(rank) for s, rank in zip(spectra, ranks, strict=True))
+    while True:
+        moves = list(_moves(spectra, ranks, groups))
+        best = min(moves, key=lambda move: abs(removed + move.gain - budget), default=None)
+        if best is None or abs(removed + best.gain - budget) >= abs(removed - budget):
+            return ranks
+        ranks = list(ranks)
+        for n, rank in best.ranks.items():
+            ranks[n] = rank
+        removed += best.gain
+
+
+@dataclass(frozen=True)
+class _Move:
+    ranks: dict[int, int]
+    gain: int  # parameters removed by it; negative where it gives some back
+
+
+def _moves(spectra: Sequence[MatrixSpectrum], ranks: list[int], groups: Sequence[Sequence[int]]) -> Iterator[_Move]:
+    for group in groups:
+        for direction in (-1, 1):
+            moved = {n: _neighbour(spectra[n], ranks[n], direction) for n in group}
+            gain = sum(spectra[n].removed(rank) - spectra[n].removed(ranks[n]) for n, rank in moved.items())
+            if gain:
+                yield _Move(moved, gain)
+
+
+def _neighbour(spectrum: MatrixSpectrum, rank: int, direction: int) -> int:
+    """The next rank of the grid that changes the parameter count: steps between ranks that stay dense count as one."""
+    grid = spectrum.grid
+    at = grid.index(rank)
+    while 0 <= at + direction < len(grid):
+        at += direction
+        if spectrum.removed(grid[at]) != spectrum.removed(rank):
+            break
+    return grid[at]

@@ -1,0 +1,377 @@
+"""The only reader and writer of weights.
+
+A checkpoint is a Hugging Face folder (one safetensors file or shards, dense or compressed), a .gguf file, or a hub id.
+It is opened lazily: names and shapes at once, one tensor at a time after that, so nobody holds the whole model.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sola_edge.architecture import COMPONENTS, Architecture, architecture_of, head_dim
+from sola_edge.config import MatrixLayout
+from sola_edge.errors import UserError
+from sola_edge.files import replace_folder, sha256_file
+from sola_edge.gguf_source import GGUFTensors, open_gguf
+
+QUANT_METHOD = "sola"  # as hf_quantizer registers it
+PROVENANCE = "sola.json"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 256 * 2**20
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+class Tensors(Protocol):
+    """Named weights that are read one at a time."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+
+class SafetensorsFolder:
+    """The tensors of a folder's safetensors file or shards. Raises UserError on damage."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {}
+        self._shapes = {}
+        self._dtypes = {}
+        for path in _shards(folder):
+            with _reading(path), safe_open(path, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118  (not a dict)
+                    view = shard.get_slice(name)
+                    self._files[name] = path
+                    self._shapes[name] = tuple(view.get_shape())
+                    self._dtypes[name] = _DTYPES.get(view.get_dtype(), torch.float32)
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        path = self._files[name]
+        with _reading(path), safe_open(path, framework="pt") as shard:
+            return shard.get_tensor(name)
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from error
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} is no safetensors index ({error}); fetch it again") from error
+    else:
+        names = ["model.safetensors"]
+    paths = [folder / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(
+                f"{folder} is no checkpoint: {path.name} is missing; give a folder with safetensors weights"
+            )
+    return paths
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model: config, architecture and lazily read weights under their Hugging Face names."""
+
+    path: Path
+    config: PretrainedConfig
+    architecture: Architecture
+    tensors: Tensors
+    layout: Mapping[str, MatrixLayout]  # module name → layout of each factored matrix; empty when dense
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return self.tensors.names()
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that name is stored."""
+        return name in self._shape_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._shape_of[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor, in the floating-point type it is stored in."""
+        return self.tensors.tensor(name)
+
+    @cached_property
+    def _shape_of(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.tensors.shape(name) for name in self.tensors.names()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the weights (that of the embedding)."""
+        return self.tensors.dtype(f"{self.architecture.embedding}.weight")
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return self.config.num_hidden_layers
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding matrix."""
+        return not self.has(f"{self.architecture.head}.weight")
+
+    def bias_name(self, module: str) -> str | None:
+        """Name of a module's bias tensor, None where it has none."""
+        name = f"{module}.bias"
+        return name if self.has(name) else None
+
+    def parameters(self) -> int:
+        """Number of stored parameters, a tied embedding counted once."""
+        return sum(torch.Size(shape).numel() for shape in self._shape_of.values())
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What `sola.json` says of a compressed checkpoint, {} for a dense one."""
+        path = self.path / PROVENANCE
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights."""
+        return _shards(self.path) if self.path.is_dir() else [self.path]
+
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer. Raises UserError when it has none."""
+        if self.path.suffix == ".gguf":
+            from sola_edge.gguf_tokenizer import tokenizer_from_gguf
+
+            return tokenizer_from_gguf(self.path)
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # transformers raises whatever its back end meets
+            raise UserError(f"{self.path} has no tokenizer that transformers can load ({_line(error)})") from error
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a folder, a .gguf file or a hub id. Reads no weights.
+
+    Raises UserError for a missing or damaged checkpoint, an unsupported architecture, or shapes that contradict the config.
+    """
+    path = _resolve(source)
+    if path.is_dir():
+        config = _folder_config(path)
+        architecture = architecture_of(config)
+        tensors: Tensors = SafetensorsFolder(path)
+    else:
+        config = _gguf_config(path)
+        architecture = architecture_of(config)
+        tensors = GGUFTensors(path, architecture, config)
+    checkpoint = Checkpoint(path, config, architecture, tensors, _layout(config))
+    _check_shapes(checkpoint)
+    return checkpoint
+
+
+def _resolve(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise UserError(f"{path} is no checkpoint: give a folder with config.json, a .gguf file or a hub id")
+    if path.suffix != ".gguf" and _HUB_ID.match(str(source)):
+        return _from_hub(str(source))
+    raise UserError(f"{source} does not exist: give a folder with config.json, a .gguf file or a hub id (owner/name)")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # no network, no such repository, gated, …: the hub's own words say which
+        message = f"{name} is no local folder and cannot be had from the hub ({_line(error)}); give a path or log in"
+        raise UserError(message) from error
+
+
+def _folder_config(folder: Path) -> PretrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no checkpoint: config.json is missing; give a Hugging Face model folder")
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        method = (raw.get("quantization_config") or {}).get("quant_method", QUANT_METHOD)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'} is no JSON object ({error}); fetch it again") from error
+    if method != QUANT_METHOD:
+        raise UserError(f"{folder} holds {method}-quantized weights; give the unquantized model")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"{folder / 'config.json'} is no config that transformers can read ({_line(error)})") from error
+
+
+def _gguf_config(path: Path) -> PretrainedConfig:
+    reader = open_gguf(path)  # transformers reports damage with a traceback of its own, so meet it first
+    names = {tensor.name for tensor in reader.tensors}
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"{path} has an architecture that transformers cannot read ({_line(error)})") from error
+    config.tie_word_embeddings = "output.weight" not in names
+    return config
+
+
+def _layout(config: PretrainedConfig) -> dict[str, MatrixLayout]:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    try:
+        return {module: MatrixLayout(**row) for module, row in settings["matrices"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"config.json's quantization_config is no sola layout ({error}); compress the model again"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def matrix_shape(config: PretrainedConfig, component: str) -> tuple[int, int]:
+    """(n_out, n_in) that the config asks of a component of a dense layer."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    width = head_dim(config)
+    return {
+        "q": (heads * width, hidden),
+        "k": (kv * width, hidden),
+        "v": (kv * width, hidden),
+        "o": (hidden, heads * width),
+        "gate": (config.intermediate_size, hidden),
+        "up": (config.intermediate_size, hidden),
+        "down": (hidden, config.intermediate_size),
+    }[component]
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    """Every tensor that the config implies is there with its shape. Raises UserError naming the first that is not."""
+    config, row = checkpoint.config, checkpoint.architecture
+    expected: dict[str, tuple[int, ...]] = {
+        f"{row.embedding}.weight": (config.vocab_size, config.hidden_size),
+        f"{row.final_norm}.weight": (config.hidden_size,),
+    }
+    if not config.tie_word_embeddings:
+        expected[f"{row.head}.weight"] = (config.vocab_size, config.hidden_size)
+    for i in range(checkpoint.layers):
+        for component in COMPONENTS:
+            module = row.module(i, component)
+            layout = checkpoint.layout.get(module)
+            parts = layout.shapes if layout else {"weight": matrix_shape(config, component)}
+            expected |= {f"{module}.{part}": shape for part, shape in parts.items()}
+    for name, shape in expected.items():
+        if not checkpoint.has(name):
+            raise UserError(f"{checkpoint.path} lacks the tensor {name} that its config asks for; fetch it again")
+        if checkpoint.shape(name) != shape:
+            found = checkpoint.shape(name)
+            raise UserError(f"{checkpoint.path}: {name} has shape {found}, its config asks for {shape}; fetch it again")
+
+
+class CheckpointWriter:
+    """Writes a checkpoint folder tensor by tensor, holding one shard (`SHARD_BYTES`) at most beside what it is given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pending: dict[str, torch.Tensor] = {}
+        self._bytes = 0
+        self._weight_map: dict[str, int] = {}
+        self._shards = 0
+        self._total = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Queue one tensor; a full shard goes to disk."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._bytes + size > SHARD_BYTES:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._bytes += size
+        self._total += size
+
+    def _flush(self) -> None:
+        self._shards += 1
+        save_file(self._pending, self.folder / f"shard-{self._shards}", metadata={"format": "pt"})
+        self._weight_map |= dict.fromkeys(self._pending, self._shards)
+        self._pending, self._bytes = {}, 0
+
+    def finish(self, config: PretrainedConfig, tokenizer: Any | None, layout: Mapping[str, MatrixLayout]) -> None:
+        """Write the last shard, the index, the config and the tokenizer."""
+        if self._pending:
+            self._flush()
+        names = {1: "model.safetensors"}
+        if self._shards > 1:
+            names = {i: f"model-{i:05d}-of-{self._shards:05d}.safetensors" for i in range(1, self._shards + 1)}
+            index = {name: names[shard] for name, shard in self._weight_map.items()}
+            content = {"metadata": {"total_size": self._total}, "weight_map": index}
+            (self.folder / INDEX).write_text(json.dumps(content, indent=2))
+        for i, name in names.items():
+            shard = (self.folder / f"shard-{i}").rename(self.folder / name)
+            shard.chmod(0o644)  # safetensors makes its files readable by their owner alone
+        (self.folder / "config.json").write_text(json.dumps(_config_json(config, layout), indent=2))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(self.folder)
+
+
+def _config_json(config: PretrainedConfig, layout: Mapping[str, MatrixLayout]) -> dict[str, Any]:
+    content = json.loads(config.to_json_string(use_diff=True))
+    for key in ("_name_or_path", "quantization_config"):
+        content.pop(key, None)
+    if layout:
+        matrices = {module: asdict(row) for module, row in layout.items()}
+        content["quantization_config"] = {"quant_method": QUANT_METHOD, "matrices": matrices}
+    return content
+
+
+def copy_checkpoint(source: Checkpoint, target: Path) -> None:
+    """Write a dense checkpoint as a Hugging Face folder: a GGUF made into safetensors, for example. Raises UserError."""
+    with replace_folder(target) as partial:
+        writer = CheckpointWriter(partial)
+        for name in source.names():
+            writer.add(name, source.tensor(name))
+        writer.finish(storage_config(source), source.tokenizer(), {})
+
+
+def storage_config(source: Checkpoint) -> PretrainedConfig:
+    """The source's config with the architecture and storage type that transformers needs to load the copy."""
+    config = AutoConfig.for_model(**{k: v for k, v in source.config.to_dict().items() if k != "quantization_config"})
+    if not config.architectures:
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", str(source.dtype).removeprefix("torch."))
+    return config
+
+
+def hash_weights(files: list[Path]) -> dict[str, str]:
+    """SHA-256 of each weight file by its name."""
+    return {path.name: sha256_file(path) for path in files}

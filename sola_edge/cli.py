@@ -1,0 +1,208 @@
+"""The command line: thin. Each command imports what it needs when it runs, so `--help` answers at once.
+
+Exit code 0: done and within tolerance. 1: a check failed. 2: bad input, in one clear line.
+"""
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sola_edge import __version__
+from sola_edge.config import CompressionSettings
+from sola_edge.errors import UserError
+
+PLACE_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+export_app = typer.Typer(
+    no_args_is_help=True, help="Export a checkpoint, compressed or dense, to a file for a runtime."
+)
+llama_app = typer.Typer(no_args_is_help=True, help="The pinned llama.cpp that runs hybrid GGUF files.")
+check_app = typer.Typer(no_args_is_help=True, help="Run exported files and compare them with PyTorch.")
+app.add_typer(export_app, name="export")
+app.add_typer(llama_app, name="llama-cpp")
+app.add_typer(check_app, name="check")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+Align = Annotated[str, typer.Option(help="Round ranks and prime counts to this multiple; auto: 256, 32 or 8 by size.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS:
+            raise
+        _fail(f"{error.filename or 'the output'}: {error.strerror}; free or choose another place")
+
+
+def _fail(message: str) -> None:
+    print(f"sola-edge: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _print(rows: dict[str, Any], title: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, default=str))
+        return
+    table = Table(title=title, show_header=False)
+    for key, value in rows.items():
+        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Compress a decoder-only LLM with SoLA, export it to ONNX and GGUF, and prove what runs on the device."""
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    rate: Annotated[float, typer.Option(help="Share of the whole model's parameters to remove, 0 < rate < 1.")],
+    structure: Annotated[str, typer.Option(help="hybrid: prime neurons dense, the rest low-rank.")] = "hybrid",
+    method: Annotated[str, typer.Option(help="sola-paper: SoLA as published.")] = "sola-paper",
+    calibration: Annotated[
+        str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")
+    ] = "python-docstrings",
+    align: Align = "auto",
+    window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Calibration windows to use, at most.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu or cuda: where the calibration text runs.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Compress a model into a Hugging Face folder.
+
+    Example: sola-edge compress SmolLM2.gguf build/small --rate 0.2 --calibration notes.txt
+    """
+    settings = CompressionSettings(
+        rate=rate,
+        method=method,
+        structure=structure,
+        align=_alignment(align),
+        window=window,
+        max_windows=windows,
+        device=device,
+    )
+    from sola_edge.compress import compress as run
+
+    made = run(model, out, settings, calibration)
+    rows = {
+        "checkpoint": str(made.path),
+        "method": method,
+        "rate": round(made.plan.rate, 5),
+        "parameters_dense": made.plan.parameters_dense,
+        "parameters_removed": made.plan.parameters_removed,
+        "matrices_factored": len(made.plan.layouts),
+        "calibration": f"{made.calibration['text']}, {made.calibration['tokens']:,} tokens",
+    }
+    _print(rows, "compressed", as_json)
+
+
+def _alignment(value: str) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UserError(f"align {value!r} is no number: give auto or a multiple such as 8, 32 or 256") from error
+
+
+@export_app.command("onnx")
+def export_onnx(
+    checkpoint: Annotated[str, typer.Argument(help="A folder (compressed or dense), a .gguf file, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    graph: Annotated[str, typer.Option(help="genai: what onnxruntime-genai and ONNX Runtime run.")] = "genai",
+    precision: Annotated[str, typer.Option(help="Type of the weights.")] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Write an ONNX folder: model.onnx, its weights, genai_config.json, tokenizer.
+
+    Example: sola-edge export onnx build/small build/small-onnx
+    """
+    from exporters.onnx import export
+
+    result = export(checkpoint, out, graph=graph, precision=precision)
+    _print({"path": str(result.path), "bytes": result.bytes, "files": len(result.files)}, "exported", as_json)
+
+
+@export_app.command("gguf")
+def export_gguf(
+    checkpoint: Annotated[str, typer.Argument(help="A folder (compressed or dense), a .gguf file, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    type: Annotated[str, typer.Option(help="GGUF type of the matrices: f32, f16, bf16, q8_0, …")] = "f16",
+    dense: Annotated[bool, typer.Option(help="Multiply the factors out, for any llama.cpp: saves nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a GGUF file. A hybrid one runs on `sola-edge llama-cpp build`'s llama.cpp.
+
+    Example: sola-edge export gguf build/small build/small.gguf --type q8_0
+    """
+    from exporters.gguf import export
+
+    result = export(checkpoint, out, type=type, dense=dense)
+    _print({"path": str(result.path), "bytes": result.bytes}, "exported", as_json)
+
+
+@llama_app.command("build")
+def llama_build(
+    jobs: Annotated[int | None, typer.Option(help="Parallel compilations; default: one per core.")] = None,
+    cmake_arg: Annotated[list[str] | None, typer.Option(help="Passed to cmake, e.g. -DGGML_CUDA=ON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build it into the cache folder; a second run builds nothing.
+
+    Example: sola-edge llama-cpp build --jobs 2
+    """
+    from exporters.llama_cpp import build, info
+
+    build(jobs=jobs, cmake_args=tuple(cmake_arg or ()))
+    _print(info(), "llama.cpp", as_json)
+
+
+@llama_app.command("info")
+def llama_info(as_json: Json = False) -> None:
+    """Which llama.cpp is pinned, and where its build is.
+
+    Example: sola-edge llama-cpp info --json
+    """
+    from exporters.llama_cpp import info
+
+    _print(info(), "llama.cpp", as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/demo"),
+    rate: Annotated[float, typer.Option(help="Compression rate.")] = 0.2,
+) -> None:
+    """Compress SmolLM2-135M, export it, run it in every runtime, and write the report.
+
+    Example: sola-edge demo --out build/demo
+    """
+    from sola_edge.demo import run_demo
+
+    if not run_demo(out, rate):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

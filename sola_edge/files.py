@@ -1,0 +1,112 @@
+"""Files and folders that appear whole or not at all.
+
+An output is written beside its target under a temporary name and renamed into place when it is complete, so an
+interrupted run leaves the old output or none.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from sola_edge.errors import UserError
+
+
+def _temporary_beside(target: Path) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {target.parent}: {error.strerror}; choose another output") from error
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"cannot write to the folder {target.parent}: permission denied; choose another output")
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+@contextlib.contextmanager
+def _placing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; choose another output") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_file_target(target: Path) -> None:
+    """Refuse a target that cannot become a file, before any minute of computing. Raises UserError."""
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; give the name of the file to write")
+    _temporary_beside(target)
+
+
+def check_folder_target(target: Path, marker: str) -> None:
+    """Refuse a target folder that holds something other than an earlier output of ours.
+
+    `marker` is a file that such an output has (a folder without it is somebody's data and is never replaced).
+    Raises UserError.
+    """
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; give the name of a folder to write")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).exists():
+        raise UserError(f"{target} is not empty and is no earlier output (no {marker} in it); choose another folder")
+    _temporary_beside(target)
+
+
+@contextlib.contextmanager
+def replace_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write; on success it becomes `target`, on any exception it is deleted. Raises UserError."""
+    check_file_target(target)
+    partial = _temporary_beside(target)
+    with _placing(target):
+        partial.touch()
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        _remove(partial)
+
+
+@contextlib.contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it becomes `target`, on any exception it is deleted.
+
+    Raises UserError if the place is not writable.
+    """
+    partial = _temporary_beside(target)
+    old = partial.with_suffix(".old")
+    with _placing(target):
+        partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        _remove(partial)
+        _remove(old)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files under a folder."""
+    if path.is_dir():
+        return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    return path.stat().st_size

@@ -1,0 +1,103 @@
+"""A GGUF file as a source of weights: Hugging Face names and orientation, one dequantized tensor at a time.
+
+Names come from gguf's own tensor table, dequantization from gguf's numpy kernels. The llama architecture stores the rows
+of q and k permuted for interleaved RoPE; they are put back here.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize
+
+from sola_edge.architecture import COMPONENTS, Architecture
+from sola_edge.errors import UserError
+
+INTERLEAVED_ROPE = {"llama"}  # GGUF architectures whose q and k rows are permuted
+
+
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """Open a GGUF file (parsing a vocabulary takes seconds, so once). Raises UserError when it is none or is cut short."""
+    try:
+        return _open_once(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # the reader meets damage in many ways: ValueError, IndexError, UnicodeDecodeError, …
+        raise UserError(f"{path} is no GGUF file, or is truncated or damaged ({error}); fetch it again") from error
+
+
+@lru_cache(maxsize=2)
+def _open_once(path: Path, _modified: int) -> gguf.GGUFReader:
+    return gguf.GGUFReader(path)
+
+
+def field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
+    """A metadata value in Python types, `default` where the file lacks it."""
+    found = reader.fields.get(key)
+    return default if found is None else found.contents()
+
+
+class GGUFTensors:
+    """The tensors of one GGUF file under their Hugging Face names."""
+
+    def __init__(self, path: Path, architecture: Architecture, config: Any) -> None:
+        self._reader = open_gguf(path)
+        self._config = config
+        self._gguf_architecture = field(self._reader, "general.architecture")
+        stored = {t.name: t for t in self._reader.tensors}
+        if "rope_freqs.weight" in stored:
+            raise UserError(
+                f"{path} has scaled RoPE frequencies, which a GGUF source cannot carry over; give the folder"
+            )
+        names = _hf_names(self._gguf_architecture, architecture, config.num_hidden_layers)
+        self._tensors = {names[n]: t for n, t in stored.items() if n in names}
+        unknown = sorted(set(stored) - set(names))
+        if unknown:
+            raise UserError(f"{path} has tensors that {architecture.model_type} does not: {', '.join(unknown[:3])}")
+        rows = (architecture.q, architecture.k)
+        self._permuted = rows if self._gguf_architecture in INTERLEAVED_ROPE else ()
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def tensor(self, name: str) -> torch.Tensor:
+        stored = self._tensors[name]
+        values = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32).reshape(self.shape(name))
+        module = name.rpartition(".")[0]
+        if module.endswith(self._permuted):
+            heads = self._config.num_attention_heads
+            if module.endswith(self._permuted[1]):
+                heads = self._config.num_key_value_heads
+            values = _unpermute(values, heads)
+        return torch.from_numpy(values)
+
+
+def _hf_names(gguf_architecture: str, architecture: Architecture, layers: int) -> dict[str, str]:
+    """GGUF tensor name → Hugging Face tensor name, by gguf's own table."""
+    by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(by_name[gguf_architecture], layers)
+    modules = [architecture.embedding, architecture.final_norm, architecture.head]
+    parts = (*COMPONENTS, "attention_norm", "ffn_norm")
+    modules += [architecture.module(i, part) for i in range(layers) for part in parts]
+    names = {}
+    for module in modules:
+        for kind in ("weight", "bias"):
+            base = table.get_name(f"{module}.{kind}", try_suffixes=(".weight", ".bias"))
+            if base:
+                names[base] = f"{module}.{kind}"
+    return names
+
+
+def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of interleaved pairs (x0, y0, x1, y1, …) per head back to halves (x0, x1, …, y0, y1, …)."""
+    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

@@ -1,0 +1,53 @@
+"""Teaches transformers (4.57 and 5.x) to load, save and generate with a compressed checkpoint.
+
+`config.json` says `"quantization_config": {"quant_method": "sola", "matrices": {module: layout}}`; before the weights are
+loaded, each named nn.Linear is replaced by an empty HybridLinear, whose parameters then load by their names.
+"""
+
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sola_edge.config import MatrixLayout
+from sola_edge.layers import replace_linears
+
+METHOD = "sola"
+
+
+class SolaConfig(QuantizationConfigMixin):
+    """The layout of every factored matrix: `matrices` maps a module name to MatrixLayout's fields."""
+
+    def __init__(self, matrices: dict[str, dict[str, Any]] | None = None, **_: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.matrices = matrices or {}
+
+
+class SolaQuantizer(HfQuantizer):
+    """Builds the hybrid layers; there is nothing to quantize, so loading works on any device and in any float type."""
+
+    requires_calibration = True  # weights exist only in compressed form: a dense checkpoint is compressed by sola-edge
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        layouts = {name: MatrixLayout(**row) for name, row in self.quantization_config.matrices.items()}
+        replace_linears(model, layouts)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Add the method to transformers' tables, once."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(SolaConfig)
+        register_quantizer(METHOD)(SolaQuantizer)
