@@ -89,7 +89,7 @@ class LayerStream:
         self._model.layers[0].load_state_dict({k: v.to(self._device) for k, v in weights.items()}, assign=True)
 
 
-def _single_layer_model(checkpoint: Checkpoint) -> nn.Module:
+def _single_layer_model(checkpoint: Checkpoint) -> Any:
     """transformers' decoder of one layer without vocabulary or final norm: hidden states in, hidden states out."""
     config = copy.deepcopy(checkpoint.config)
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
@@ -103,11 +103,11 @@ def _single_layer_model(checkpoint: Checkpoint) -> nn.Module:
 class _Recorder:
     """Forward hooks that sum up the statistics of one layer while the windows pass."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         row = checkpoint.architecture
         self._grams: dict[str, torch.Tensor] = {}
         self._norms = torch.zeros(checkpoint.config.intermediate_size, dtype=torch.float64)
-        layer = model.layers[0]  # type: ignore[index, union-attr]
+        layer = model.layers[0]
         self._modules = {name: layer.get_submodule(getattr(row, part)) for name, part in PROBE.items()}
         self._handles: list[Any] = []
 

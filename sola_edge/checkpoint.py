@@ -87,7 +87,7 @@ def _shards(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is no safetensors index ({error}); fetch it again") from error
     else:
         names = ["model.safetensors"]

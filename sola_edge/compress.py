@@ -123,7 +123,8 @@ def _analyse_layer(
         kept[module] = basis.vectors.float()
         align = alignment_for(min(weight.shape), settings.align)
         energy = retained_energy(basis.energy).numpy()
-        spectra.append(MatrixSpectrum(module, component, *weight.shape, shape.prime, shape.split, align, energy))
+        n_out, n_in = weight.shape
+        spectra.append(MatrixSpectrum(module, component, n_out, n_in, shape.prime, shape.split, align, energy))
     save_file({name: tensor.contiguous() for name, tensor in kept.items()}, bases / f"{layer}.safetensors")
     return spectra
 

@@ -97,7 +97,7 @@ def _hf_names(gguf_architecture: str, architecture: Architecture, layers: int) -
     return names
 
 
-def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+def _unpermute(values: Any, heads: int) -> Any:
     """Rows of interleaved pairs (x0, y0, x1, y1, …) per head back to halves (x0, x1, …, y0, y1, …)."""
-    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    pairs = values.reshape(heads, len(values) // heads // 2, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

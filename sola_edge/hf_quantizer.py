@@ -27,6 +27,7 @@ class SolaConfig(QuantizationConfigMixin):
 class SolaQuantizer(HfQuantizer):
     """Builds the hybrid layers; there is nothing to quantize, so loading works on any device and in any float type."""
 
+    quantization_config: SolaConfig
     requires_calibration = True  # weights exist only in compressed form: a dense checkpoint is compressed by sola-edge
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:

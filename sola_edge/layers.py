@@ -20,6 +20,10 @@ from sola_edge.config import MatrixLayout
 class HybridLinear(nn.Module):
     """y = W x + bias with W stored as `layout` says; parameters `prime` (absent when 0), `A`, `B`, `bias` (or None)."""
 
+    prime: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+
     def __init__(self, layout: MatrixLayout, bias: bool = False, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.layout = layout

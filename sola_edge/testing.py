@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from sola_edge.architecture import architecture_of
 from sola_edge.checkpoint import CheckpointWriter, open_checkpoint, storage_config
-from sola_edge.config import MatrixLayout
+from sola_edge.config import MatrixLayout, Split
 from sola_edge.files import replace_folder
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -100,7 +100,7 @@ def _factor_randomly(folder: Path, dense: set[str], prime: int, layers: int) -> 
             n_out, n_in = source.shape(f"{module}.weight")
             ffn = component in ("gate", "up", "down")
             rank = min(n_out, n_in) // 2
-            split = "in" if component == "down" else "out"
+            split: Split = "in" if component == "down" else "out"
             if component not in dense:
                 layouts[module] = MatrixLayout(n_out, n_in, prime if ffn else 0, rank, split)
     with replace_folder(folder) as partial:

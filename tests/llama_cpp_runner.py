@@ -1,0 +1,64 @@
+"""What the tests of the GGUF export share: models run by llama.cpp and by PyTorch, and the distance between them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from exporters.llama_cpp import Build
+from sola_edge.testing import tiny_checkpoint
+
+PROBE = Path(__file__).with_name("llama_cpp_probe.py")
+IDS = torch.randint(3, 250, (48,), generator=torch.Generator().manual_seed(7)).tolist()
+
+
+class Refused(Exception):
+    """llama.cpp did not load the model; the message is its log."""
+
+
+def probe(build: Build, model: Path, **request: Any) -> dict[str, Any]:
+    """The probe's answer. Raises Refused when the model does not load; any crash is a failure of the test."""
+    command = [sys.executable, str(PROBE), json.dumps({"model": str(model), **request})]
+    result = subprocess.run(command, env=build.environment(), capture_output=True, text=True, check=False)
+    if result.returncode == 3:
+        raise Refused(result.stderr)
+    assert result.returncode == 0, f"exit code {result.returncode}: {result.stderr[-3000:]}"
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def llama_cpp_logits(build: Build, model: Path, **request: Any) -> np.ndarray:
+    """(tokens, vocabulary) for IDS."""
+    out = model.with_suffix(".npy")
+    probe(build, model, ids=IDS, out=str(out), **request)
+    return np.load(out)
+
+
+def torch_logits(folder: Path) -> np.ndarray:
+    """(tokens, vocabulary) for IDS by transformers in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+def divergence(reference: np.ndarray, candidate: np.ndarray) -> float:
+    """Mean KL divergence of the candidate from the reference, in nats, computed in fp64."""
+    p = torch.from_numpy(reference).double().log_softmax(-1)
+    q = torch.from_numpy(candidate).double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def tiny(folder: Path, **options: Any) -> Path:
+    """A tiny checkpoint whose tokenizer has a merge: llama.cpp loads no byte-level BPE without."""
+    tiny_checkpoint(folder, **options)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    if not content["model"]["merges"]:
+        content["model"]["vocab"]["th"] = content["model"]["vocab"].pop("<|unused0|>")
+        content["model"]["merges"] = [["t", "h"]]
+        path.write_text(json.dumps(content))
+    return folder
