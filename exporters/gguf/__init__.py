@@ -1,0 +1,6 @@
+"""GGUF: a checkpoint, dense or compressed, into one file for llama.cpp."""
+
+from exporters.gguf.export import GGUFExport, export
+from exporters.gguf.types import TYPES
+
+__all__ = ["TYPES", "GGUFExport", "export"]

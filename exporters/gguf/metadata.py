@@ -1,0 +1,141 @@
+"""Metadata of the file: tokenizer, general.* and hyper-parameters by llama.cpp's own converter, `sola.*` by us.
+
+`convert_hf_to_gguf.py --vocab-only` runs as a subprocess on a folder that holds the checkpoint's small files (its
+config without our `quantization_config`, its tokenizer), and the keys it writes are copied.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from exporters.llama_cpp import source
+from sola_edge.checkpoint import Checkpoint, open_checkpoint, storage_config
+from sola_edge.errors import UserError
+from sola_edge.progress import status
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
+OMITTED = ("GGUF.", "general.architecture", "general.file_type")  # the writer has its own
+_VOCAB_ONLY = Path(__file__).with_name("vocab_only.py")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metadata value in Python types and its GGUF type (`sub_type`: that of an array's elements)."""
+
+    value: Any
+    type: gguf.GGUFValueType
+    sub_type: gguf.GGUFValueType | None
+
+
+def converter_metadata(checkpoint: Checkpoint) -> dict[str, Value]:
+    """All keys that llama.cpp's converter writes for this checkpoint, in its order.
+
+    A second call for the same checkpoint (in another type, say) remembers. Raises UserError when the checkpoint has no
+    tokenizer or the converter refuses it.
+    """
+    return dict(_converted(checkpoint.path, _modified(checkpoint.path)))
+
+
+def _modified(path: Path) -> int:
+    """Time of the last change of a file, or of any file in a folder, in ns."""
+    return max(p.stat().st_mtime_ns for p in ([path] if path.is_file() else path.iterdir()))
+
+
+@lru_cache(maxsize=8)
+def _converted(path: Path, _changed: int) -> dict[str, Value]:
+    checkpoint = open_checkpoint(path)
+    converter = source.converter()
+    with tempfile.TemporaryDirectory() as folder, status("Tokenizer and metadata by llama.cpp's converter"):
+        model = Path(folder) / (checkpoint.path.stem or "model")
+        model.mkdir()
+        _small_files(checkpoint, model)
+        out = Path(folder) / "vocab.gguf"
+        command = [sys.executable, str(_VOCAB_ONLY), str(converter), str(model), str(out)]
+        result = subprocess.run([*command, _pre_tokenizer(model)], capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            reason = (result.stderr.strip() or "no message").splitlines()[-1]
+            raise UserError(f"llama.cpp's converter cannot read the tokenizer of {checkpoint.path}: {reason}")
+        values = {key: _value(field) for key, field in gguf.GGUFReader(out).fields.items()}
+    if values["tokenizer.ggml.model"].value == "gpt2" and "tokenizer.ggml.merges" not in values:
+        raise UserError(f"{checkpoint.path} has a BPE tokenizer without a single merge, which llama.cpp does not load")
+    return values
+
+
+def _value(field: gguf.ReaderField) -> Value:
+    is_array = field.types[0] == gguf.GGUFValueType.ARRAY
+    return Value(field.contents(), field.types[0], field.types[-1] if is_array else None)
+
+
+def add_metadata(
+    writer: gguf.GGUFWriter, values: dict[str, Value], provenance: dict[str, Any], parameters: int
+) -> None:
+    """Copy the converter's keys; add the size label of that many parameters and `sola.*` from sola.json."""
+    for key, value in values.items():
+        if not key.startswith(OMITTED):
+            writer.add_key_value(key, value.value, value.type, sub_type=value.sub_type)
+    writer.add_size_label(gguf.size_label(parameters, 0, 0, 0))
+    for key, item in provenance.items():
+        _add_item(writer, f"sola.{key}", item)
+
+
+def _add_item(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """A plain value of sola.json; nested ones (the plan, the statistics) stay in the checkpoint."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_int64(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+
+
+def _small_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Tokenizer files and a config that the converter understands."""
+    config = json.loads(storage_config(checkpoint).to_json_string(use_diff=False))
+    if checkpoint.path.is_dir():
+        for pattern in SMALL_FILES:
+            for path in checkpoint.path.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        config = json.loads((folder / "config.json").read_text()) | {"architectures": config["architectures"]}
+        config.pop("quantization_config", None)
+    else:
+        checkpoint.tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{checkpoint.path} has no tokenizer ({', '.join(TOKENIZER_FILES)}); a GGUF file needs one: copy the "
+            "tokenizer files of the original model into the folder"
+        )
+
+
+def _pre_tokenizer(folder: Path) -> str:
+    """Name of llama.cpp's pre-tokenizer that splits text as tokenizer.json says; "" if none is known to.
+
+    The converter recognises a vocabulary by a hash of the ids it gives to a test text. One that it never saw (trained
+    anew, pruned) has no such hash, but the rule that splits text into words is in the file and may be a known one.
+    """
+    from sola_edge.gguf_tokenizer import PRE_TOKENIZERS
+
+    path = folder / "tokenizer.json"
+    rule = json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") if path.is_file() else None
+    known = {name: _rule(make()) for name, make in PRE_TOKENIZERS.items() if name != "default"}
+    return next((name for name, candidate in known.items() if candidate == rule), "")
+
+
+def _rule(pre_tokenizer: Any) -> Any:
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizer
+    return json.loads(tokenizer.to_str())["pre_tokenizer"]

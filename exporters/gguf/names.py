@@ -1,0 +1,49 @@
+"""What a checkpoint's modules are called in GGUF, and which of their rows GGUF reorders.
+
+Names come from gguf's own table. A factored matrix `blk.N.ffn_gate` becomes `blk.N.ffn_gate.prime.weight`,
+`.lr_a.weight` and `.lr_b.weight`.
+"""
+
+import gguf
+import numpy as np
+
+from sola_edge.checkpoint import Checkpoint
+from sola_edge.errors import UserError
+
+FACTOR_SUFFIXES = {"prime": "prime.weight", "A": "lr_a.weight", "B": "lr_b.weight"}
+INTERLEAVED_ROPE = {"llama"}  # GGUF architectures that store the rows of q and k in interleaved pairs
+
+
+class Names:
+    """GGUF names of one checkpoint's modules under a GGUF architecture such as "llama"."""
+
+    def __init__(self, checkpoint: Checkpoint, gguf_architecture: str) -> None:
+        by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+        if gguf_architecture not in by_name:
+            raise UserError(f"the installed gguf package does not know {gguf_architecture!r}; update it")
+        layers = checkpoint.config.num_hidden_layers
+        self._table = gguf.get_tensor_name_map(by_name[gguf_architecture], layers)
+        config, row = checkpoint.config, checkpoint.architecture
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._heads: dict[str, int] = {}
+        if gguf_architecture in INTERLEAVED_ROPE:
+            for i in range(layers):
+                self._heads[row.module(i, "q")] = config.num_attention_heads
+                self._heads[row.module(i, "k")] = kv_heads
+
+    def base(self, module: str) -> str:
+        """`model.layers.0.mlp.gate_proj` → `blk.0.ffn_gate`. Raises UserError if GGUF has no name for the module."""
+        name = self._table.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise UserError(f"GGUF has no name for the module {module}; this checkpoint cannot be exported")
+        return name.removesuffix(".weight")
+
+    def permuted_heads(self, module: str) -> int | None:
+        """Number of heads if GGUF stores the module's output rows in interleaved pairs, else None."""
+        return self._heads.get(module)
+
+
+def interleave(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head from halves (x0, x1, …, y0, y1, …) to pairs (x0, y0, x1, y1, …); values (rows, …)."""
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)

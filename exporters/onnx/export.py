@@ -1,0 +1,95 @@
+"""Writes a checkpoint as an ONNX folder that onnxruntime, onnxruntime-genai and optimum open.
+
+model.onnx holds the graph, model.onnx.data every weight, written one tensor at a time: the peak is the largest tensor,
+twice while it is transposed. The folder appears whole or not at all.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from exporters.onnx.decoder import Decoder
+from exporters.onnx.genai_config import CONFIG, write_companions
+from exporters.onnx.graph import GraphBuilder, Precision
+from exporters.result import ExportResult
+from sola_edge import __version__
+from sola_edge.checkpoint import Checkpoint, open_checkpoint
+from sola_edge.errors import UserError
+from sola_edge.files import check_folder_target, replace_folder, size_of
+from sola_edge.progress import track
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+PRECISIONS = {row.name: row for row in (Precision("fp32", ir.DataType.FLOAT, torch.float32),)}
+GRAPHS: dict[str, Callable[[Checkpoint, GraphBuilder], Any]] = {"genai": lambda c, g: Decoder(c, g).build()}
+
+
+def export(
+    checkpoint_path: str | Path, out_dir: str | Path, graph: str = "genai", precision: str = "fp32"
+) -> ExportResult:
+    """Export a dense or compressed checkpoint (folder, .gguf or hub id) into the folder `out_dir`.
+
+    The result's `path` is model.onnx. Raises UserError for an unknown graph or precision, a checkpoint that cannot be
+    read or expressed, and an `out_dir` that holds anything but an earlier export.
+    """
+    build, row = _choose("graph", graph, GRAPHS), _choose("precision", precision, PRECISIONS)
+    folder = Path(out_dir)
+    check_folder_target(folder, CONFIG)
+    checkpoint = open_checkpoint(checkpoint_path)
+    provenance = _provenance(checkpoint)
+    builder = GraphBuilder(row)
+    build(checkpoint, builder)
+    metadata = {
+        key: content if isinstance(content, str) else json.dumps(content) for key, content in provenance.items()
+    }
+    model = builder.model(checkpoint.config.model_type, "sola-edge", __version__, metadata)
+    with replace_folder(folder) as partial:
+        write_companions(checkpoint, partial, MODEL, provenance)
+        _save(model, partial)
+    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+    return ExportResult(folder / MODEL, files, size_of(folder))
+
+
+def _choose(kind: str, name: str, table: dict[str, Any]) -> Any:
+    if name not in table:
+        raise UserError(f"{kind} {name!r} is not available for ONNX; choose from: {', '.join(table)}")
+    return table[name]
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
+    """Where a graph comes from: the source model, how it was compressed (if it was), and this tool."""
+    recorded = checkpoint.provenance
+    rows = {"tool": f"sola-edge {__version__}", "source": recorded.get("source", {}).get("name", checkpoint.path.name)}
+    rows |= {key: str(recorded[key]) for key in ("method", "rate") if key in recorded}
+    if "plan" in recorded:
+        plan = json.dumps(recorded["plan"], sort_keys=True).encode()
+        rows["plan_sha256"] = hashlib.sha256(plan).hexdigest()
+    return rows
+
+
+def _save(model: ir.Model, folder: Path) -> None:
+    """Stream every initializer to one external-data file; constants stay in the graph."""
+    with _bar(len(model.graph.initializers), "writing ONNX weights") as advance:
+        try:
+            ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=0, callback=advance)
+        except OSError as error:  # the disk is full, for example
+            raise UserError(f"cannot write {DATA}: {error.strerror or error}; choose another output") from error
+
+
+@contextmanager
+def _bar(count: int, description: str) -> Iterator[Callable[..., None]]:
+    """A progress bar that each call of the yielded function advances by one."""
+    steps = track(range(count + 1), description, total=count)
+    next(steps)
+
+    def advance(*_: Any) -> None:
+        next(steps)
+
+    yield advance
+    for _ in steps:
+        pass

@@ -1,0 +1,161 @@
+"""A graph under construction: typed values, named nodes, and weights that are read only when the file is written.
+
+A node and its output carry the name of the module they compute (`model.layers.3.mlp.gate_proj.A/MatMul`), an
+initializer that of its tensor (`model.layers.3.mlp.gate_proj.A`). Every value is annotated with its type and shape, so
+viewers and checkers need no shape inference for com.microsoft's operators.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+Dimension = int | str
+OPSET = 21
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How weights and activations are stored: a name for the command line, the ONNX type and torch's."""
+
+    name: str
+    onnx: ir.DataType
+    torch: torch.dtype
+
+
+class GraphBuilder:
+    """Collects nodes and initializers in the order in which they are made, which is topological."""
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self._nodes: list[ir.Node] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self._constants: dict[tuple[str, str], ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[Dimension]) -> ir.Value:
+        """Declare a graph input."""
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str) -> None:
+        """Make a value a graph output of that name."""
+        value.name = name
+        self.outputs.append(value)
+
+    def weight(self, name: str, shape: Sequence[int], load: Callable[[], torch.Tensor]) -> ir.Value:
+        """An initializer; `load` returns a tensor of that shape and is called only while the file is written.
+
+        A name that exists already is shared.
+        """
+        if name not in self._initializers:
+            dtype = self.precision
+
+            def evaluate() -> ir.TensorProtocol:
+                return ir.Tensor(load().to(dtype.torch).contiguous().numpy(), name=name)
+
+            value = ir.Value(name=name, type=ir.TensorType(dtype.onnx), shape=ir.Shape(shape))
+            value.const_value = ir.LazyTensor(evaluate, dtype=dtype.onnx, shape=ir.Shape(shape), name=name)
+            self._initializers[name] = value
+        return self._initializers[name]
+
+    def constant(self, content: float | Sequence[int] | int, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+        """A small constant inside the graph file, shared by all who ask for the same one."""
+        key = (str(content), dtype.name)
+        if key not in self._constants:
+            array = np.asarray(content, dtype=dtype.numpy())
+            name = f"constants/{dtype.name}/{content}".replace(" ", "")
+            attribute = ir.AttrTensor("value", ir.Tensor(array, name=name))
+            self._constants[key] = self._node("Constant", [], name, [(name, dtype, array.shape)], "", [attribute])[0]
+        return self._constants[key]
+
+    def op(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        module: str,
+        shape: Sequence[Dimension],
+        *,
+        dtype: ir.DataType | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
+        """A node with one output of the given shape, of the graph's own precision unless `dtype` says otherwise."""
+        output = (f"{module}/{operator}/output", dtype or self.precision.onnx, shape)
+        return self.op_outputs(operator, inputs, module, [output], domain=domain, **attributes)[0]
+
+    def op_outputs(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        module: str,
+        outputs: Sequence[tuple[str, ir.DataType, Sequence[Dimension]] | None],
+        *,
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """A node with several outputs (name, type, shape); None is an output that is not wanted."""
+        rows = [ir.Attr(key, *_typed(content)) for key, content in attributes.items()]
+        return self._node(operator, inputs, f"{module}/{operator}", outputs, domain, rows)
+
+    def _node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        outputs: Sequence[tuple[str, ir.DataType, Sequence[Dimension]] | None],
+        domain: str,
+        attributes: Sequence[ir.Attr],
+    ) -> list[ir.Value]:
+        values = [
+            ir.Value(name="")
+            if output is None
+            else ir.Value(name=output[0], type=ir.TensorType(output[1]), shape=ir.Shape(output[2]))
+            for output in outputs
+        ]
+        self._nodes.append(ir.Node(domain, operator, inputs, attributes, outputs=values, name=name))
+        return values
+
+    def model(self, name: str, producer: str, version: str, metadata: dict[str, str]) -> ir.Model:
+        """The finished model. IR version 10 is the one of opset 21."""
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name=name,
+        )
+        return ir.Model(
+            graph, ir_version=10, producer_name=producer, producer_version=version, metadata_props=dict(metadata)
+        )
+
+
+def width(value: ir.Value) -> int:
+    """Number of channels: a value's last dimension."""
+    assert value.shape is not None
+    channels = value.shape[-1]
+    assert isinstance(channels, int)
+    return channels
+
+
+def hidden(channels: int) -> tuple[Dimension, ...]:
+    """Shape of an activation."""
+    return ("batch_size", "sequence_length", channels)
+
+
+def _typed(content: Any) -> tuple[ir.AttributeType, Any]:
+    """ONNX attribute type and value of a Python one."""
+    if isinstance(content, bool | int):
+        return ir.AttributeType.INT, int(content)
+    if isinstance(content, float):
+        return ir.AttributeType.FLOAT, content
+    if isinstance(content, str):
+        return ir.AttributeType.STRING, content
+    return ir.AttributeType.INTS, list(content)

@@ -1,0 +1,94 @@
+"""One matrix of the checkpoint, dense or factored, as matrix products.
+
+An activation is a tuple of *pieces*: tensors that stand side by side along the channels. A dense matrix yields one piece,
+a factored FFN matrix two (prime and marginal neurons). Pieces are joined or cut only where the next matrix needs it, so
+gate, up and down of one layer that are factored alike become two parallel branches that never meet before their sum.
+"""
+
+import itertools
+from functools import partial
+
+import onnx_ir as ir
+import torch
+
+from exporters.onnx.graph import GraphBuilder, hidden, width
+from sola_edge.checkpoint import Checkpoint
+
+Pieces = tuple[ir.Value, ...]
+
+
+class Linears:
+    """Makes the nodes of a checkpoint's matrices in one graph."""
+
+    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint) -> None:
+        self.graph = graph
+        self.checkpoint = checkpoint
+
+    def __call__(self, module: str, x: Pieces) -> ir.Value:
+        """W x + bias as one tensor."""
+        return self.join(self.pieces(module, x), module)
+
+    def pieces(self, module: str, x: Pieces) -> Pieces:
+        """W x + bias, in the pieces in which the matrix is stored.
+
+        dense:        x ── MatMul weight ── y
+
+        split "out":  x ─┬─ MatMul prime ───────────── y[:p]
+                         └─ MatMul A ── MatMul B ───── y[p:]
+
+        split "in":   x[:p] ── MatMul prime ──────────┐
+                      x[p:] ── MatMul A ── MatMul B ── Add ── y
+        """
+        layout = self.checkpoint.layout.get(module)
+        if layout is None:
+            products: Pieces = (self._matmul(f"{module}.weight", self.join(x, module)),)
+        elif not layout.prime:
+            products = (self._low_rank(module, self.join(x, module)),)
+        elif layout.split == "out":
+            whole = self.join(x, module)
+            products = (self._matmul(f"{module}.prime", whole), self._low_rank(module, whole))
+        else:
+            prime, marginal = self.cut(x, (layout.prime, layout.n_in - layout.prime), module)
+            kept, rest = self._matmul(f"{module}.prime", prime), self._low_rank(module, marginal)
+            products = (self.graph.op("Add", [kept, rest], module, hidden(layout.n_out)),)
+        return self._add_bias(module, products)
+
+    def join(self, x: Pieces, module: str) -> ir.Value:
+        """The pieces as one tensor, on the way into or out of a module."""
+        if len(x) == 1:
+            return x[0]
+        return self.graph.op("Concat", list(x), module, hidden(sum(map(width, x))), axis=-1)
+
+    def cut(self, x: Pieces, widths: tuple[int, ...], module: str) -> Pieces:
+        """The same channels in pieces of these widths."""
+        if tuple(map(width, x)) == widths:
+            return x
+        outputs = [(f"{module}/Split/output_{i}", self.graph.precision.onnx, hidden(n)) for i, n in enumerate(widths)]
+        sizes = self.graph.constant(widths)
+        return tuple(self.graph.op_outputs("Split", [self.join(x, module), sizes], module, outputs, axis=-1))
+
+    def _low_rank(self, module: str, x: ir.Value) -> ir.Value:
+        return self._matmul(f"{module}.B", self._matmul(f"{module}.A", x))
+
+    def _matmul(self, name: str, x: ir.Value) -> ir.Value:
+        """x Wᵀ for a stored W (n_out, n_in); the initializer is Wᵀ (n_in, n_out), as MatMul wants it."""
+        n_out, n_in = self.checkpoint.shape(name)
+        weight = self.graph.weight(name, (n_in, n_out), lambda: self.checkpoint.tensor(name).T)
+        return self.graph.op("MatMul", [x, weight], name.removesuffix(".weight"), hidden(n_out))
+
+    def _add_bias(self, module: str, products: Pieces) -> Pieces:
+        """Each piece plus its share of the bias, which is stored cut the same way."""
+        name = self.checkpoint.bias_name(module)
+        if name is None:
+            return products
+        ends = list(itertools.accumulate(map(width, products)))
+        biased = []
+        for i, (product, end) in enumerate(zip(products, ends, strict=True)):
+            part = name if len(products) == 1 else f"{name}.{('prime', 'marginal')[i]}"
+            load = partial(self._rows, name, end - width(product), end)
+            bias = self.graph.weight(part, (width(product),), load)
+            biased.append(self.graph.op("Add", [product, bias], part, hidden(width(product))))
+        return tuple(biased)
+
+    def _rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        return self.checkpoint.tensor(name)[start:end]

@@ -1,0 +1,287 @@
+"""The ONNX export against PyTorch, on tiny random models: logits, decoding with a cache, onnxruntime-genai, files, refusals.
+
+Tolerance: max |Δlogit| ≤ 1e-4 standard deviations of the logits (about 4 here: the random weights are large).
+"""
+
+import json
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import exporters.onnx
+import sola_edge  # noqa: F401  (transformers loads compressed checkpoints)
+from exporters.result import ExportResult
+from sola_edge.checkpoint import Checkpoint, open_checkpoint
+from sola_edge.errors import UserError
+from sola_edge.testing import tiny_checkpoint
+
+TOLERANCE = 1e-4
+TOKENS = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "compressed": {"compressed": True},
+    "mistral-window": {"model_type": "mistral", "compressed": True, "sliding_window": 8},
+    "biases-untied": {"compressed": True, "bias": True, "tied": False},
+    "multi-query": {"heads": 4, "kv_heads": 1, "rope_scaling": LLAMA3},
+    "one-head-per-key": {"heads": 4, "kv_heads": 4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "explicit-head-width": {"heads": 6, "kv_heads": 3, "head_dim": 32, "compressed": True},
+    "gate-dense": {"compressed": True, "bias": True, "dense_components": ("gate",)},
+    "down-dense": {"compressed": True, "dense_components": ("down",)},
+    "only-up-factored": {"compressed": True, "dense_components": ("gate", "down")},
+    "only-down-factored": {"compressed": True, "dense_components": ("gate", "up")},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportResult]:
+    """(checkpoint folder, its export) of each case."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = tiny_checkpoint(folder / "checkpoint", layers=3, **CASES[request.param])
+    return source, exporters.onnx.export(source, folder / "onnx")
+
+
+def reference(source: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(source).eval()
+
+
+def torch_logits(source: Path, tokens: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return reference(source)(tokens).logits.numpy()
+
+
+class Runner:
+    """An onnxruntime session that keeps its own cache."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [value for value in self.session.get_inputs() if value.name.startswith("past")]
+        self.past = {v.name: np.zeros((batch, v.shape[1], 0, v.shape[3]), np.float32) for v in names}
+        self.seen = 0
+
+    def __call__(self, tokens: torch.Tensor) -> np.ndarray:
+        self.seen += tokens.shape[1]
+        mask = np.ones((tokens.shape[0], self.seen), np.int64)
+        logits, *presents = self.session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask, **self.past})
+        self.past = dict(zip(self.past, presents, strict=True))
+        return logits
+
+
+def genai_greedy(result: ExportResult, prompt: torch.Tensor, count: int) -> list[int]:
+    """The prompt (1, n) and its greedy continuation by onnxruntime-genai."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    config = genai.Config(str(result.path.parent))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}))
+    model = genai.Model(config)
+    length = prompt.shape[1] + count
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(generator.get_sequence(0))
+
+
+def torch_greedy(source: Path, prompt: torch.Tensor, count: int) -> list[int]:
+    """The same by PyTorch."""
+    options: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    return reference(source).generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0].tolist()
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= TOLERANCE * expected.std()
+
+
+def test_logits_are_pytorchs(exported: tuple[Path, ExportResult]) -> None:
+    source, result = exported
+    assert_close(Runner(result.path, 2)(TOKENS), torch_logits(source, TOKENS))
+
+
+def test_decoding_step_by_step_equals_the_full_pass(exported: tuple[Path, ExportResult]) -> None:
+    source, result = exported
+    runner = Runner(result.path, 2)
+    steps = [TOKENS[:, :11], *TOKENS[:, 11:].split(1, dim=1)]
+    assert_close(np.concatenate([runner(step) for step in steps], axis=1), torch_logits(source, TOKENS))
+
+
+def test_a_prompt_in_chunks_equals_the_full_pass(exported: tuple[Path, ExportResult]) -> None:
+    """One sequence: ONNX Runtime takes several tokens beside a cache at batch size 1 only."""
+    source, result = exported
+    runner, tokens = Runner(result.path, 1), TOKENS[:1]
+    steps = tokens.split((5, 20, 1, 14), dim=1)
+    assert_close(np.concatenate([runner(step) for step in steps], axis=1), torch_logits(source, tokens))
+
+
+def test_genai_generates_what_pytorch_generates(exported: tuple[Path, ExportResult]) -> None:
+    source, result = exported
+    prompt = TOKENS[:1, :16]
+    assert genai_greedy(result, prompt, 32) == torch_greedy(source, prompt, 32)
+
+
+def test_genai_tokenizes_as_transformers_does(tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
+    result = exporters.onnx.export(source, tmp_path / "onnx")
+    text = "Héllo  1234 world's\n\n\tdef f(x):\r\n    return x 日本語 🤗<|im_start|>user\n"
+    tokenizer = genai.Tokenizer(genai.Model(str(result.path.parent)))
+    assert list(tokenizer.encode(text)) == open_checkpoint(source).tokenizer()(text).input_ids
+
+
+def test_the_checker_passes(exported: tuple[Path, ExportResult]) -> None:
+    onnx.checker.check_model(str(exported[1].path), full_check=True)
+
+
+def test_bytes_are_what_the_parameters_say(exported: tuple[Path, ExportResult]) -> None:
+    """One data file: every parameter once (a tied head is no copy) and the two rotary tables."""
+    source, result = exported
+    checkpoint = open_checkpoint(source)
+    graph = onnx.load(result.path, load_external_data=False).graph
+    tables = sum(int(np.prod(row.dims)) for row in graph.initializer if row.name in ("cos_cache", "sin_cache"))
+    data = result.path.with_name("model.onnx.data")
+    assert data.stat().st_size == 4 * (checkpoint.parameters() + tables)
+    locations = {entry.value for row in graph.initializer for entry in row.external_data if entry.key == "location"}
+    assert locations == {data.name}
+    assert result.bytes == sum(file.stat().st_size for file in result.files)
+
+
+def test_names_are_those_of_the_checkpoint(exported: tuple[Path, ExportResult]) -> None:
+    source, result = exported
+    names = {row.name for row in onnx.load(result.path, load_external_data=False).graph.initializer}
+    stored = {name for name in open_checkpoint(source).names() if not name.endswith(".bias")}
+    assert stored <= names
+
+
+def operators(result: ExportResult) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(result.path, load_external_data=False).graph.node)
+
+
+def test_a_hybrid_ffn_is_two_parallel_branches(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True, layers=3)
+    kinds = operators(exporters.onnx.export(source, tmp_path / "onnx"))
+    assert kinds["Concat"] == kinds["Split"] == 0
+    dense, attention, ffn = 2 * 7, 1 + 3 * 2, 3 * 3
+    assert kinds["MatMul"] == dense + attention + ffn
+
+
+@pytest.mark.parametrize(("dense", "concats", "splits"), [(("gate",), 1, 1), (("down",), 1, 0), (("gate", "up"), 0, 1)])
+def test_pieces_meet_only_where_they_must(tmp_path: Path, dense: tuple[str, ...], concats: int, splits: int) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True, layers=3, dense_components=dense)
+    kinds = operators(exporters.onnx.export(source, tmp_path / "onnx"))
+    assert (kinds["Concat"], kinds["Split"]) == (concats, splits)
+
+
+def test_metadata_and_configs_say_what_it_is(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True, layers=3)
+    result = exporters.onnx.export(source, tmp_path / "onnx")
+    metadata = {row.key: row.value for row in onnx.load(result.path, load_external_data=False).metadata_props}
+    assert metadata["tool"].startswith("sola-edge") and metadata["method"] == "random"
+    folder = result.path.parent
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    genai = json.loads((folder / "genai_config.json").read_text())
+    assert genai["model"]["decoder"]["num_key_value_heads"] == 2
+    assert genai["model"]["eos_token_id"] == 2
+    assert genai["search"]["past_present_share_buffer"] is True
+
+
+def test_one_tensor_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True, layers=3, tied=False)
+    read, alive, most = Checkpoint.tensor, list[weakref.ref[torch.Tensor]](), 0
+
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        nonlocal most
+        most = max(most, sum(reference() is not None for reference in alive))
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    exporters.onnx.export(source, tmp_path / "onnx")
+    assert len(alive) == len(open_checkpoint(source).names())
+    assert most <= 1
+
+
+def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=3)
+    first = exporters.onnx.export(source, tmp_path / "onnx")
+    assert exporters.onnx.export(source, tmp_path / "onnx") == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "words"),
+    [
+        ({"graph": "portable"}, {}, "genai"),
+        ({"precision": "int3"}, {}, "fp32"),
+        ({}, {"heads": 8, "kv_heads": 8}, "heads of 8 channels"),
+        ({}, {"hidden_act": "mish"}, "mish"),
+        ({}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(
+    tmp_path: Path, arguments: dict[str, str], config: dict[str, Any], words: str
+) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1, **config)
+    with pytest.raises(UserError, match=words):
+        exporters.onnx.export(source, tmp_path / "onnx", **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_bad_paths_are_refused(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
+    with pytest.raises(UserError, match="does not exist"):
+        exporters.onnx.export(tmp_path / "absent", tmp_path / "onnx")
+    for taken in (source, source / "config.json"):
+        with pytest.raises(UserError):
+            exporters.onnx.export(source, taken)
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated"):
+        exporters.onnx.export(source, tmp_path / "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
+
+    def damaged(self: Checkpoint, name: str) -> torch.Tensor:
+        raise UserError(f"{name} is damaged")
+
+    monkeypatch.setattr(Checkpoint, "tensor", damaged)
+    with pytest.raises(UserError, match="is damaged"):
+        exporters.onnx.export(source, tmp_path / "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["smollm2", "smollm2_compressed"])
+def test_smollm2(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The real model: the issue's bounds on the distribution, the same greedy tokens, the same tokenization."""
+    source = request.getfixturevalue(kind)
+    result = exporters.onnx.export(source, tmp_path / "onnx")
+    tokenizer = open_checkpoint(source).tokenizer()
+    text = str(onnxruntime.InferenceSession.run.__doc__) + str(torch.nn.Module.__doc__)
+    tokens = tokenizer(text, return_tensors="pt").input_ids[:, :512]
+    expected = torch.from_numpy(torch_logits(source, tokens)).double().log_softmax(-1)
+    found = torch.from_numpy(Runner(result.path, 1)(tokens)).double().log_softmax(-1)
+    assert (expected.exp() * (expected - found)).sum(-1).mean() <= 1e-6
+    assert (expected.argmax(-1) == found.argmax(-1)).double().mean() >= 0.999
+    assert genai_greedy(result, tokens[:, :32], 64) == torch_greedy(source, tokens[:, :32], 64)
+    genai = pytest.importorskip("onnxruntime_genai")
+    assert list(genai.Tokenizer(genai.Model(str(tmp_path / "onnx"))).encode(text)) == tokenizer(text).input_ids
