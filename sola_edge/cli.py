@@ -189,6 +189,111 @@ def llama_info(as_json: Json = False) -> None:
     _print(info(), "llama.cpp", as_json)
 
 
+Text = Annotated[str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")]
+Threads = Annotated[int | None, typer.Option(help="Threads per runtime; default: one per core.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the results to this report.json.")]
+Artefacts = Annotated[list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files.")]
+
+
+@check_app.command("parity")
+def check_parity(
+    reference: Annotated[
+        Path, typer.Argument(help="What the candidates are compared with, e.g. the checkpoint folder.")
+    ],
+    candidates: Artefacts,
+    text: Text = "python-reference",
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Windows to score.")] = 4,
+    threads: Threads = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Compare exported files with a reference on the same token ids: perplexity, KL divergence, top-1 agreement.
+
+    Example: sola-edge check parity build/small build/small-onnx build/small.gguf --text notes.txt
+    """
+    from runtime_checks import check_parity as run
+    from sola_edge.texts import load_text
+
+    source = load_text(text)
+    named = {"text_name": source.name, "context": context, "windows": windows, "threads": threads}
+    _finish(run(reference, candidates, source.joined, **named), output, as_json)
+
+
+@check_app.command("perplexity")
+def check_perplexity(
+    artefact: Annotated[Path, typer.Argument(help="A checkpoint folder, an ONNX folder or a .gguf file.")],
+    text: Text = "python-reference",
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Windows to score; default: the whole text.")] = None,
+    threads: Threads = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of one file in its own runtime, over non-overlapping windows without BOS.
+
+    Example: sola-edge check perplexity build/small --text notes.txt --windows 40
+    """
+    from runtime_checks import measure_perplexity
+    from sola_edge.texts import load_text
+
+    source = load_text(text)
+    named = {"text_name": source.name, "context": context, "windows": windows, "threads": threads}
+    _finish(measure_perplexity(artefact, source.joined, **named), output, as_json)
+
+
+@check_app.command("bench")
+def check_bench(
+    candidates: Artefacts,
+    baseline: Annotated[Path | None, typer.Option(help="Take turns with this one and print ratios to it.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prefill test.")] = 512,
+    generate: Annotated[int, typer.Option(help="Tokens of the decode test.")] = 128,
+    rounds: Annotated[int, typer.Option(help="How often the artefacts take turns.")] = 3,
+    threads: Threads = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Prefill and decode speed and peak memory, artefacts in turn in one run.
+
+    Example: sola-edge check bench build/small.gguf --baseline build/dense.gguf
+    """
+    from runtime_checks import bench
+
+    report = bench(candidates, baseline, prompt=prompt, generate=generate, rounds=rounds, threads=threads)
+    _finish(report, output, as_json)
+
+
+@app.command("report")
+def report_command(
+    results: Annotated[list[Path], typer.Argument(help="report.json files of earlier checks.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Make one self-contained page of earlier results.
+
+    Example: sola-edge report parity.json bench.json -o report.html
+    """
+    from runtime_checks import load_report, print_table, write_html
+
+    report = load_report(results)
+    write_html(report, output)
+    print_table(report)
+    print(f"report: {output}")
+
+
+def _finish(report: Any, output: Path | None, as_json: bool) -> None:
+    """Write, print, and exit with 1 when a check failed."""
+    from runtime_checks import print_table, write_json
+
+    if output is not None:
+        write_json(report, output)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        print_table(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/demo"),

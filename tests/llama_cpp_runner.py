@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
+from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
 from exporters.llama_cpp import Build
@@ -62,3 +66,32 @@ def tiny(folder: Path, **options: Any) -> Path:
         content["model"]["merges"] = [["t", "h"]]
         path.write_text(json.dumps(content))
     return folder
+
+
+def rewritten(
+    source: Path,
+    target: Path,
+    change: Callable[[str, np.ndarray], np.ndarray | None],
+    extra: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Path:
+    """The file with each tensor as `change(name, values)` returns it (None: left out), and extra ones.
+
+    Quantized tensors are handed over, and stored, as float32.
+    """
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "llama")
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
+    for tensor in reader.tensors:
+        values = change(tensor.name, dequantize(tensor.data, tensor.tensor_type))
+        if values is not None:
+            writer.add_tensor(tensor.name, np.ascontiguousarray(values))
+    for name, values in extra.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

@@ -1,0 +1,220 @@
+"""The checks that the command line and the demo call.
+
+check_parity   one reference, any candidates: same weights, other runtime?
+bench          speed of artefacts in turn
+measure_perplexity   one artefact, any number of windows, nothing kept on disk
+(Whole models, dense against compressed: see campaign.py.)
+
+All return a `Report`; `.passed` says whether everything measured is within tolerance. A runtime that fails on an artefact
+(crash, wrong shapes) is a failed result with its reason; a mistake in the arguments is a UserError.
+"""
+
+import datetime
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from runtime_checks.artefacts import open_artefact
+from runtime_checks.costs import costs_of
+from runtime_checks.machine import checked_threads, machine, packages
+from runtime_checks.metrics import Floats
+from runtime_checks.perplexity import perplexity
+from runtime_checks.process import CheckError
+from runtime_checks.protocol import Protocol, make_protocol
+from runtime_checks.runtimes import runtimes_for
+from runtime_checks.schema import Report, Skipped
+from runtime_checks.subject import Subject
+from runtime_checks.throughput import interleave
+from sola_edge.errors import UserError
+from sola_edge.progress import track
+
+VOCABULARY_OF_ANY_MODEL = 256  # prompts of a speed test use ids below this when no tokenizer is at hand
+WARM_UP = 8
+
+
+def subjects_of(model: str, path: Path, skipped: list[Skipped], every_runtime: bool = True) -> list[Subject]:
+    """One subject per runtime that can run the artefact here; the others are noted in `skipped`."""
+    artefact = open_artefact(path)
+    found = []
+    for row in runtimes_for(artefact.kind, artefact.path):
+        reason = row.missing()
+        if reason is None:
+            found.append(Subject(model, artefact, row))
+        else:
+            skipped.append(Skipped(what=f"{artefact.path} in {row.name}", reason=reason))
+        if found and not every_runtime:
+            break
+    return found
+
+
+def tokenizer_of(path: Path) -> Any:
+    """The tokenizer in a checkpoint folder, an ONNX folder or a GGUF file. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    if path.suffix == ".gguf":
+        from sola_edge.checkpoint import open_checkpoint
+
+        return open_checkpoint(path).tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its back end meets
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"no tokenizer in {path} ({line}); name a checkpoint to take it from") from error
+
+
+def new_report(threads: int, **fields: Any) -> Report:
+    """A report with its provenance filled in."""
+    return Report(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        machine=machine(threads),
+        packages=packages(),
+        **fields,
+    )
+
+
+def check_parity(
+    reference: Path,
+    candidates: list[Path],
+    text: Path | str,
+    *,
+    context: int = 2048,
+    windows: int | None = 4,
+    threads: int | None = None,
+    tokenizer_from: Path | None = None,
+    scratch: Path | None = None,
+) -> Report:
+    """Compare every candidate, in every runtime that takes it, with the reference on the same ids.
+
+    Raises UserError for bad input (missing paths, short text, no runtime for the reference, too little disk).
+    """
+    threads = checked_threads(threads)
+    skipped: list[Skipped] = []
+    first = subjects_of("", Path(reference), skipped, every_runtime=False)
+    if not first:
+        raise UserError(f"the reference cannot be run: {skipped[-1].reason if skipped else reference}")
+    subjects = [s for path in candidates for s in subjects_of("", Path(path), skipped)]
+    tokenizer = tokenizer_of(Path(tokenizer_from or reference))
+    protocol = make_protocol(text, tokenizer, context, windows)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="sola-edge-") as folder:
+        with ExitStack() as stack:
+            first[0].start(stack, threads, context)
+            logits = first[0].write_reference(protocol, Path(folder))
+        for subject in subjects:
+            try:
+                with ExitStack() as stack:
+                    subject.start(stack, threads, context)
+                    subject.compare(logits, protocol, Path(folder))
+            except CheckError as error:
+                subject.reasons.append(str(error))
+    results = [s.result() for s in (*first, *subjects)]
+    return new_report(threads, protocols=[protocol.record()], results=results, skipped=skipped)
+
+
+def bench(
+    candidates: list[Path],
+    baseline: Path | None = None,
+    *,
+    prompt: int = 512,
+    generate: int = 128,
+    rounds: int = 3,
+    threads: int | None = None,
+) -> Report:
+    """Prefill and decode speed and peak memory of artefacts, in turn; with a baseline, the ratios to it.
+
+    Each runtime's artefacts are one run: the baseline and the candidates alternate, round by round. Raises UserError.
+    """
+    check_sizes(prompt, generate, rounds)
+    threads = checked_threads(threads)
+    skipped: list[Skipped] = []
+    named = [("baseline", Path(baseline))] if baseline else []
+    named += [(f"candidate {i}" if len(candidates) > 1 else "candidate", Path(p)) for i, p in enumerate(candidates, 1)]
+    subjects = [s for name, path in named for s in subjects_of(name, path, skipped)]
+    for name in dict.fromkeys(s.row.name for s in subjects):
+        bench_group([s for s in subjects if s.row.name == name], prompt, generate, rounds, threads)
+    results = [s.result() for s in subjects]
+    costs = costs_of("baseline", results, [], any_precision=True)
+    return new_report(threads, notes=notes(), results=results, costs=costs, skipped=skipped)
+
+
+def check_sizes(prompt: int, generate: int, rounds: int) -> None:
+    """Raises UserError for a size below 1."""
+    for name, value in (("prompt", prompt), ("generate", generate), ("rounds", rounds)):
+        if value < 1:
+            raise UserError(f"{name} {value} is out of range: give at least 1")
+
+
+def bench_group(subjects: list[Subject], prompt: int, generate: int, rounds: int, threads: int) -> None:
+    """Memory and interleaved speed of artefacts of one runtime."""
+    with ExitStack() as stack:
+        for subject in subjects:
+            try:
+                subject.start(stack, threads, max(prompt, generate) + WARM_UP)
+                subject.measure_memory(prompt, VOCABULARY_OF_ANY_MODEL, WARM_UP)
+            except CheckError as error:
+                subject.reasons.append(str(error))
+        time_group(subjects, prompt, generate, VOCABULARY_OF_ANY_MODEL, rounds, threads)
+
+
+def time_group(subjects: list[Subject], prompt: int, generate: int, vocab: int, rounds: int, threads: int) -> None:
+    """Interleaved rounds of the subjects that have not failed."""
+    able = [s for s in subjects if s.child is not None and not s.reasons]
+    if not able:
+        return
+    row = able[0].row
+    members = {i: s.once(prompt, generate, vocab, threads) for i, s in enumerate(able)}
+    title = f"speed of {row.name} {able[0].precision}: " + ", ".join(s.model for s in able)
+    found, failed = interleave(members, rounds, prompt, generate, threads, row.tool, title)
+    for i, subject in enumerate(able):
+        if i in found:
+            subject.found["throughput"] = found[i]
+        if i in failed:
+            subject.reasons.append(failed[i])
+
+
+def measure_perplexity(
+    path: Path,
+    text: Path | str,
+    *,
+    context: int = 2048,
+    windows: int | None = None,
+    threads: int | None = None,
+    tokenizer_from: Path | None = None,
+) -> Report:
+    """Perplexity of one artefact in its plainest runtime. Raises UserError, CheckError."""
+    threads = checked_threads(threads)
+    skipped: list[Skipped] = []
+    subjects = subjects_of("", Path(path), skipped, every_runtime=False)
+    if not subjects:
+        raise UserError(f"{path} cannot be run: {skipped[-1].reason if skipped else 'no runtime takes it'}")
+    protocol = make_protocol(text, tokenizer_of(Path(tokenizer_from or path)), context, windows)
+    with ExitStack() as stack:
+        child = subjects[0].start(stack, threads, context)
+        subjects[0].found["perplexity"] = perplexity(_nll(child, protocol, subjects[0].label))
+    return new_report(threads, protocols=[protocol.record()], results=[subjects[0].result()])
+
+
+def _nll(child: Any, protocol: Protocol, label: str) -> list[Floats]:
+    import numpy as np
+
+    asked = (child.ask("nll", ids=ids.tolist())["nll"] for ids in track(list(protocol.ids), f"perplexity of {label}"))
+    return [np.array([np.nan if v is None else v for v in window]) for window in asked]
+
+
+def notes() -> list[str]:
+    """How the figures were measured, for the report."""
+    from runtime_checks.runtimes import RUNTIMES
+
+    prefill = "; ".join(f"{row.name}: {row.prefill_note}" for row in RUNTIMES.values())
+    return [
+        "Every runtime is given the same token ids, window by window from an empty context; no BOS is added.",
+        "Perplexity scores every token of a window but its first; its standard error is over the windows.",
+        "KL divergence is KL(PyTorch fp32 || runtime) in nats, same weights, over the scored positions.",
+        "Peak memory is the resident peak of a fresh process (mapped weights included); it covers loading, one prompt "
+        "and some decoding, not the parity run.",
+        "Speed is the median over rounds [minimum to maximum]; within a round the models take turns.",
+        "llama.cpp runs as by default (F16 KV cache, flash attention where it chooses), an F32 file without either's rounding.",
+        f"Prefill computes, {prefill}.",
+    ]

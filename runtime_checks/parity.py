@@ -1,0 +1,109 @@
+"""Does another runtime compute what PyTorch computes? The tolerances, and the judgement.
+
+Export parity compares the same weights in two runtimes. KL(reference || candidate) in nats and top-1 agreement are over
+the scored positions, the perplexity change is exp(mean NLL difference) - 1, its standard error is paired over windows.
+"""
+
+import math
+
+import numpy as np
+
+from runtime_checks.metrics import Comparison, Floats
+from runtime_checks.perplexity import mean_and_error
+from runtime_checks.schema import Parity, Tolerance
+
+# What each precision may cost against PyTorch fp32 with the same weights: mean KL (nats), top-1 agreement, perplexity
+# change (per cent). A q4 type is several times q8_0's; its row says only that nothing is broken.
+TOLERANCES = {
+    "fp32": Tolerance(kl_mean=1e-6, top1=0.999, ppl_change_percent=0.1),
+    "f32": Tolerance(kl_mean=1e-6, top1=0.999, ppl_change_percent=0.1),
+    "fp16": Tolerance(kl_mean=1e-4, top1=0.99, ppl_change_percent=0.1),
+    "f16": Tolerance(kl_mean=1e-4, top1=0.99, ppl_change_percent=0.1),
+    "bf16": Tolerance(kl_mean=1e-3, top1=0.97, ppl_change_percent=0.5),
+    "q8_0": Tolerance(kl_mean=5e-3, top1=0.95, ppl_change_percent=1.0),
+    "int8": Tolerance(kl_mean=2e-2, top1=0.9, ppl_change_percent=3.0),
+    "q6_k": Tolerance(kl_mean=2e-2, top1=0.9, ppl_change_percent=3.0),
+    "q5_k": Tolerance(kl_mean=5e-2, top1=0.85, ppl_change_percent=6.0),
+}
+COARSE = Tolerance(kl_mean=0.3, top1=0.6, ppl_change_percent=30.0)  # any type of fewer bits
+
+
+def tolerance_for(precision: str) -> Tolerance:
+    """The row of a precision or GGUF type."""
+    return TOLERANCES.get(precision, COARSE)
+
+
+def judge(comparisons: list[Comparison], tolerance: Tolerance, reference: str, reference_runtime: str) -> Parity:
+    """Summarise the windows' comparisons and hold them against a tolerance."""
+    kl = np.concatenate([c.kl for c in comparisons])
+    nonfinite = sum(c.nonfinite for c in comparisons)
+    finite = kl[~np.isnan(kl)]
+    whole = {} if nonfinite or not len(finite) else _figures(comparisons, finite)
+    differences = [c.nll_candidate - c.nll_reference for c in comparisons]
+    figures: dict[str, float | None] = {name: whole.get(name) for name in FIGURES}
+    window_kl = [_mean(c.kl) for c in comparisons]
+    reasons = _reasons(figures, window_kl, nonfinite, tolerance)
+    return Parity(
+        reference=reference,
+        reference_runtime=reference_runtime,
+        **figures,  # type: ignore[arg-type]
+        window_kl=window_kl,
+        window_ppl_change_percent=[None if (m := _mean(d)) is None else _percent(m) for d in differences],
+        nonfinite=nonfinite,
+        tolerance=tolerance,
+        passed=not reasons,
+        reasons=reasons,
+    )
+
+
+FIGURES = (
+    "kl_mean",
+    "kl_median",
+    "kl_p99",
+    "kl_max",
+    "top1",
+    "max_logit_difference",
+    "ppl_change_percent",
+    "ppl_change_standard_error",
+)
+
+
+def _figures(comparisons: list[Comparison], kl: Floats) -> dict[str, float]:
+    mean, error = mean_and_error([c.nll_candidate - c.nll_reference for c in comparisons])
+    return {
+        "kl_mean": float(kl.mean()),
+        "kl_median": float(np.median(kl)),
+        "kl_p99": float(np.quantile(kl, 0.99)),
+        "kl_max": float(kl.max()),
+        "top1": float(np.mean(np.concatenate([c.same_top1 for c in comparisons]))),
+        "max_logit_difference": float(max(c.logit_difference.max() for c in comparisons)),
+        "ppl_change_percent": _percent(mean),
+        "ppl_change_standard_error": 100 * math.exp(min(mean, 700.0)) * error,
+    }
+
+
+def _percent(nll_difference: float) -> float:
+    return 100 * math.expm1(min(nll_difference, 700.0))
+
+
+def _mean(values: Floats) -> float | None:
+    return None if np.isnan(values).any() else float(values.mean())
+
+
+def _reasons(
+    figures: dict[str, float | None], window_kl: list[float | None], nonfinite: int, tolerance: Tolerance
+) -> list[str]:
+    if nonfinite:
+        first = next(i for i, value in enumerate(window_kl) if value is None)
+        return [f"{nonfinite} positions have non-finite logits, the first in window {first + 1}"]
+    kl, top1, change = figures["kl_mean"], figures["top1"], figures["ppl_change_percent"]
+    assert kl is not None and top1 is not None and change is not None
+    found = []
+    if kl > tolerance.kl_mean:
+        first = next((i for i, v in enumerate(window_kl) if v is not None and v > tolerance.kl_mean), 0)
+        found.append(f"mean KL {kl:.2g} > {tolerance.kl_mean:.2g} (first in window {first + 1})")
+    if top1 < tolerance.top1:
+        found.append(f"top-1 agreement {top1:.2%} < {tolerance.top1:.2%}")
+    if abs(change) > tolerance.ppl_change_percent:
+        found.append(f"perplexity changed by {change:+.3g} %, more than {tolerance.ppl_change_percent:g} %")
+    return found

@@ -1,0 +1,217 @@
+"""The report's plots as inline SVG. Text and axes take the page's own colour, so light and dark both work.
+
+Every plot is about as many points wide as a phone's screen.
+"""
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+
+from runtime_checks.schema import Report, Result
+from runtime_checks.summary import label, number
+from sola_edge.errors import UserError
+
+INK = "#010203"  # replaced by the page's text colour
+COLOURS = ("#8a94a6", "#1a9a86", "#c8772b", "#7a6fd0")
+PART_COLOURS = {"weights": "#1a9a86", "kv": "#c8772b", "compute": "#7a6fd0", "output": "#b85c8e", "rest": "#8a94a6"}
+LINE_COLOURS = ("#1a9a86", "#c8772b", "#7a6fd0", "#b85c8e", "#4a90d9")
+STYLES = ("-", "--", ":", "-.")
+WIDTH = 4.6
+
+
+def plots(report: Report) -> list[tuple[str, str]]:
+    """(title, svg) of every plot that the report has data for. Raises UserError without matplotlib."""
+    found = [
+        ("File size, MB", bars(report, lambda r: (r.bytes / 1e6, 0, 0), "file-size")),
+        ("Prefill, tokens/s (median, range)", bars(report, lambda r: _speed(r, "prefill"), "prefill")),
+        ("Decode, tokens/s (median, range)", bars(report, lambda r: _speed(r, "decode"), "decode")),
+        ("Peak memory, MB", memory_bars(report)),
+        ("Perplexity (± standard error)", bars(report, _perplexity, "perplexity")),
+        ("Mean KL to PyTorch by window, nats", window_lines(report)),
+    ]
+    found += [(f"Ranks of {m.name}, % of full", heat_map(report, i)) for i, m in enumerate(report.models) if m.ranks]
+    return [(title, svg) for title, svg in found if svg]
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("report.html needs matplotlib and jinja2: pip install 'sola-edge[report]'") from error
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    settings: Any = plt.rcParams
+    settings.update(
+        dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    )
+    settings.update({"svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif"})
+    settings.update({"axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def svg_of(figure: Any, name: str) -> str:
+    """The figure as an SVG element without size, metadata or links to anywhere."""
+    plt = _pyplot()
+    plt.rcParams["svg.hashsalt"] = name
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04)
+    plt.close(figure)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text).replace(
+        "<svg", f'<svg role="img" aria-label="{name}"', 1
+    )
+    text = re.sub(r'(id="|href="#|url\(#)(?=[\w])', lambda m: m[1] + name + "-", text)
+    return text.replace(INK, "currentColor")
+
+
+def tick(result: Result) -> str:
+    """Runtime and type on two lines."""
+    return label(result).replace(" ", "\n")
+
+
+def _speed(result: Result, which: str) -> tuple[float, float, float] | None:
+    if result.throughput is None:
+        return None
+    speed = getattr(result.throughput, which)
+    return speed.median, speed.median - speed.minimum, speed.maximum - speed.median
+
+
+def _perplexity(result: Result) -> tuple[float, float, float] | None:
+    found = result.perplexity
+    if found is None or found.value is None:
+        return None
+    error = found.standard_error or 0.0
+    return found.value, error, error
+
+
+def bars(report: Report, value: Any, name: str) -> str:
+    """Horizontal bars, one group per runtime and type, one bar per model; value gives (length, below, above)."""
+    points = {(tick(r), r.model): value(r) for r in report.results}
+    points = {key: found for key, found in points.items() if found is not None}
+    if not points:
+        return ""
+    groups = list(dict.fromkeys(group for group, _ in points))
+    models = list(dict.fromkeys(r.model for r in report.results))
+    plt = _pyplot()
+    height = 0.8 / len(models)
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.7 + (0.25 + 0.24 * len(models)) * len(groups)))
+    longest = max(v[0] + v[2] for v in points.values())
+    for m, model in enumerate(models):
+        at = [(g, points[group, model]) for g, group in enumerate(groups) if (group, model) in points]
+        where = [g + (m - (len(models) - 1) / 2) * height for g, _ in at]
+        lengths = [v[0] for _, v in at]
+        spread = np.array([[v[1] for _, v in at], [v[2] for _, v in at]])
+        axes.barh(
+            where,
+            lengths,
+            height * 0.9,
+            xerr=spread if spread.any() else None,
+            color=COLOURS[m % 4],
+            ecolor=INK,
+            capsize=2,
+            label=model,
+        )
+        for y, (_, found) in zip(where, at, strict=True):
+            axes.text(found[0] + found[2] + 0.02 * longest, y, number(found[0], 4), va="center", fontsize=10)
+    axes.set_yticks(range(len(groups)), groups, fontsize=10)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.24 * longest)
+    axes.locator_params(axis="x", nbins=5)
+    _legend(figure, axes, models)
+    return svg_of(figure, name)
+
+
+def _legend(figure: Any, axes: Any, names: list[str]) -> None:
+    if len(names) > 1:
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, borderaxespad=0.1, handlelength=1
+        )
+
+
+def memory_bars(report: Report) -> str:
+    """Peak memory, stacked by what the runtime tells of it; 'rest' is the runtime itself, activations and copies."""
+    measured = [r for r in report.results if r.memory is not None]
+    if not measured:
+        return ""
+    plt = _pyplot()
+    models = list(dict.fromkeys(r.model for r in measured))
+    groups = list(dict.fromkeys(tick(r) for r in measured))
+    height = 0.8 / len(models)
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.8 + (0.25 + 0.24 * len(models)) * len(groups)))
+    longest = max(r.memory.peak for r in measured if r.memory) / 1e6
+    for result in measured:
+        assert result.memory is not None
+        y = groups.index(tick(result)) + (models.index(result.model) - (len(models) - 1) / 2) * height
+        left, peak = 0.0, result.memory.peak / 1e6
+        for part, size in (*result.memory.parts.items(), ("rest", result.memory.peak)):
+            # Buffers that were reserved but not touched may exceed the peak: the bar ends where the peak is.
+            width = min(size / 1e6, peak - left)
+            axes.barh(y, width, height * 0.9, left=left, color=PART_COLOURS.get(part, COLOURS[0]))
+            left += width
+        axes.text(peak + 0.02 * longest, y, f"{peak:.0f} {result.model}", va="center", fontsize=9)
+    axes.set_yticks(range(len(groups)), groups, fontsize=10)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.5 * longest)
+    axes.locator_params(axis="x", nbins=5)
+    seen = dict.fromkeys(part for r in measured if r.memory for part in (*r.memory.parts, "rest"))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=PART_COLOURS.get(part, COLOURS[0])) for part in seen]
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.35, 1.0), "borderaxespad": 0.1}
+    axes.legend(handles, list(seen), ncols=5, frameon=False, handlelength=0.8, columnspacing=0.9, fontsize=10, **place)
+    return svg_of(figure, "memory")
+
+
+def window_lines(report: Report) -> str:
+    """Mean KL of every window, log scale, one line per compared artefact."""
+    compared = [r for r in report.results if r.parity is not None and all(v is not None for v in r.parity.window_kl)]
+    if not compared or len(compared[0].parity.window_kl) < 2:  # type: ignore[union-attr]
+        return ""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
+    models = list(dict.fromkeys(r.model for r in compared))
+    labels = list(dict.fromkeys(label(r) for r in compared))
+    for result in compared:
+        assert result.parity is not None
+        values = [max(v or 0.0, 1e-16) for v in result.parity.window_kl]
+        style = STYLES[models.index(result.model) % len(STYLES)]
+        colour = LINE_COLOURS[labels.index(label(result)) % len(LINE_COLOURS)]
+        axes.plot(range(1, len(values) + 1), values, style, color=colour, marker="o", markersize=3)
+    axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("window")
+    handles = [plt.Line2D([], [], color=LINE_COLOURS[i % len(LINE_COLOURS)]) for i, _ in enumerate(labels)]
+    handles += [plt.Line2D([], [], color=INK, linestyle=STYLES[i % len(STYLES)]) for i, _ in enumerate(models)]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.42, -0.22)}
+    axes.legend(handles, [*labels, *models], ncols=2, frameon=False, fontsize=9, **place)
+    return svg_of(figure, "window-kl")
+
+
+def heat_map(report: Report, index: int) -> str:
+    """Rank of every matrix in per cent of its full rank, layers down, components across; dense matrices are 100."""
+    model = report.models[index]
+    components = list(model.ranks[0].ranks)
+    share = [
+        [100.0 if (rank := row.ranks[c]) is None else 100 * rank / row.full[c] for c in components]
+        for row in model.ranks
+    ]
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.19 * len(share)))
+    image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=100)
+    for y, row in enumerate(model.ranks):
+        for x, component in enumerate(components):
+            text = "dense" if row.ranks[component] is None else str(row.ranks[component])
+            axes.text(
+                x, y, text, ha="center", va="center", fontsize=7.5, color="#ffffff" if share[y][x] < 60 else "#111111"
+            )
+    axes.set_xticks(range(len(components)), components)
+    axes.xaxis.tick_top()
+    step = max(1, len(share) // 15)
+    axes.set_yticks(range(0, len(share), step), [str(model.ranks[i].layer) for i in range(0, len(share), step)])
+    axes.set_ylabel("decoder layer")
+    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    return svg_of(figure, f"ranks-{index}")

@@ -1,0 +1,104 @@
+"""The parent's side of a child process: start it, ask it, and say clearly what happened when it died."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from runtime_checks.runtimes import RuntimeRow
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class CheckError(Exception):
+    """A runtime failed on an artefact: one line that names both. A failed check, not a mistake of the user's."""
+
+
+class Child:
+    """One model in one runtime in a fresh process; a context manager. Requests raise CheckError when they fail."""
+
+    def __init__(self, row: RuntimeRow, path: Path, threads: int, context: int) -> None:
+        self.row, self.path = row, path.resolve()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "runtime_checks.child", row.module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            cwd=ROOT,  # found there even when the package is not installed
+            env=_environment(row, threads),
+            text=True,
+        )
+        try:
+            self.loaded = self.ask("load", path=str(self.path), threads=threads, context=context)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        """Send one request and wait for its answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise CheckError(
+                f"{self._where()}: the process {self._how_it_ended()} during {request!r}{self._last_words()}"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise CheckError(f"{self._where()}: {request} failed: {answer['error']}")
+        return answer["ok"]
+
+    def _where(self) -> str:
+        return f"{self.row.name} on {self.path}"
+
+    def _how_it_ended(self) -> str:
+        code = self._process.wait()
+        if code < 0:
+            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+            return f"was killed by {signal.Signals(-code).name}{hint}"
+        return f"ended with code {code}"
+
+    def _last_words(self) -> str:
+        self._stderr.seek(0)
+        lines = [line.strip() for line in self._stderr.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        return f": {lines[-1]}" if lines else ""
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._stderr.close()
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self.close()
+
+
+def _environment(row: RuntimeRow, threads: int) -> dict[str, str]:
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+    pools = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return {**os.environ, **quiet, **pools, **row.environment()}

@@ -1,0 +1,92 @@
+"""The runtimes: one row each. A row names the module whose `Runtime` class runs in a child process of its own.
+
+Such a class has (ids: list[int]; times in seconds; logits float32):
+    __init__(path, threads, context)   imports the runtime library, nothing else
+    load()                             the model, for up to `context` tokens
+    version                            of the library
+    logits(ids) -> (n, vocab)          of every position, from an empty context
+    reset()                            to an empty context
+    prefill(ids) -> seconds            ids in one go, computing what a user of the runtime would need next
+    decode(count) -> seconds           count single-token steps from where the context is
+    generate(ids, count, eos) -> (ids, logits (steps, vocab) or None)    greedy, up to and including an EOS
+    parts() -> {name: bytes}           what the runtime itself tells of its memory
+and imports neither sola_edge nor another runtime (torch_ excepted: it needs sola_edge to load a checkpoint).
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RuntimeRow:
+    """One runtime: what it is called, what it runs, what it needs, and how its speed is measured."""
+
+    name: str
+    module: str
+    kind: str
+    missing: Callable[[], str | None]  # why it cannot run here, None when it can
+    environment: Callable[[], dict[str, str]] = dict
+    needs_file: str | None = None  # of a folder artefact
+    tool: str = "child process"
+    prefill_note: str = "logits of the last position only"
+
+
+def _package(name: str, extra: str) -> Callable[[], str | None]:
+    def missing() -> str | None:
+        if importlib.util.find_spec(name) is None:
+            return f"the Python package {name.replace('_', '-')} is not installed (pip install 'sola-edge[{extra}]')"
+        return None
+
+    return missing
+
+
+def _llama_cpp_missing() -> str | None:
+    try:
+        from exporters import llama_cpp
+    except ImportError as error:
+        return f"exporters.llama_cpp cannot be imported: {error}"
+    if llama_cpp.find() is None:
+        return "no llama.cpp build was found (make one with `sola-edge llama-cpp build`; it needs a C++ compiler)"
+    return None
+
+
+def _llama_cpp_environment() -> dict[str, str]:
+    from exporters import llama_cpp
+
+    build = llama_cpp.find()
+    if build is None:
+        raise RuntimeError("no llama.cpp build")
+    return {"SOLA_EDGE_LLAMA_CPP_PYTHON": str(build.python), "LLAMA_CPP_LIB_PATH": str(build.lib)}
+
+
+RUNTIMES = {
+    row.name: row
+    for row in (
+        RuntimeRow("torch", "torch_", "checkpoint", _package("torch", "all")),
+        RuntimeRow(
+            "onnxruntime",
+            "onnxruntime_",
+            "onnx",
+            _package("onnxruntime", "onnx"),
+            needs_file="model.onnx",
+            prefill_note="logits of all positions, as the graph has them",
+        ),
+        RuntimeRow(
+            "onnxruntime-genai",
+            "genai_",
+            "onnx",
+            _package("onnxruntime_genai", "onnx"),
+            needs_file="genai_config.json",
+            prefill_note="logits of all positions, as the graph has them",
+        ),
+        RuntimeRow("llama.cpp", "llama_cpp_", "gguf", _llama_cpp_missing, _llama_cpp_environment, tool="llama-bench"),
+    )
+}
+
+
+def runtimes_for(kind: str, path: Path) -> list[RuntimeRow]:
+    """The rows that run an artefact of this kind at this path, the plainest first."""
+    rows = [row for row in RUNTIMES.values() if row.kind == kind]
+    return [row for row in rows if row.needs_file is None or (path / row.needs_file).exists()]

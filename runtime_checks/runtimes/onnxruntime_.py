@@ -1,0 +1,98 @@
+"""ONNX Runtime itself: a session on model.onnx, the KV cache passed from `present.*` to `past_key_values.*`.
+
+Which inputs the graph has is read from the session, so a graph with position_ids runs like one without.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+FILLER = 1
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class Runtime:
+    """One InferenceSession on the CPU."""
+
+    def __init__(self, path: str, threads: int, context: int) -> None:
+        folder = Path(path)
+        self.file = folder / "model.onnx" if folder.is_dir() else folder
+        self.options = ort.SessionOptions()
+        self.options.intra_op_num_threads = threads
+        self.options.inter_op_num_threads = 1
+        self.options.log_severity_level = 3
+        self.version = f"onnxruntime {ort.__version__}"
+        self.past: dict[str, Any] = {}
+        self.length = 0
+
+    def load(self) -> None:
+        """Raises whatever ONNX Runtime raises."""
+        self.session = ort.InferenceSession(str(self.file), self.options, providers=["CPUExecutionProvider"])
+        self.inputs = {node.name: node for node in self.session.get_inputs()}
+        self.outputs = [node.name for node in self.session.get_outputs()]
+        self.reset()
+
+    def reset(self) -> None:
+        """An empty cache: past length 0."""
+        self.length = 0
+        self.past = {}
+        for name, node in self.inputs.items():
+            if name.startswith("past_key_values."):
+                heads, width = int(node.shape[1]), int(node.shape[3])
+                empty = np.zeros((1, heads, 0, width), dtype=DTYPES[node.type])
+                self.past[name] = ort.OrtValue.ortvalue_from_numpy(empty)
+
+    def _forward(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Logits (len(ids), vocab) of ids appended to the cache."""
+        total = self.length + len(ids)
+        feeds = {
+            "input_ids": np.array([ids], dtype=np.int64),
+            "attention_mask": np.ones((1, total), dtype=np.int64),
+            "position_ids": np.arange(self.length, total, dtype=np.int64)[None],
+        }
+        values = {name: ort.OrtValue.ortvalue_from_numpy(v) for name, v in feeds.items() if name in self.inputs}
+        results = self.session.run_with_ort_values(self.outputs, {**values, **self.past})
+        named = dict(zip(self.outputs, results, strict=True))
+        self.past = {name: named[name.replace("past_key_values.", "present.")] for name in self.past}
+        self.length = total
+        return named["logits"].numpy()[0].astype(np.float32, copy=False)
+
+    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """All positions, from an empty context."""
+        self.reset()
+        return self._forward(ids)
+
+    def prefill(self, ids: list[int]) -> float:
+        """Seconds for ids from where the context is."""
+        start = time.perf_counter()
+        self._forward(ids)
+        return time.perf_counter() - start
+
+    def decode(self, count: int) -> float:
+        """Seconds for `count` single-token steps."""
+        start = time.perf_counter()
+        for _ in range(count):
+            self._forward([FILLER])
+        return time.perf_counter() - start
+
+    def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
+        """Greedy continuation."""
+        self.reset()
+        found: list[int] = []
+        following = ids
+        while len(found) < count and not (found and found[-1] in eos):
+            found.append(int(self._forward(following)[-1].argmax()))
+            following = found[-1:]
+        return found, None
+
+    def parts(self) -> dict[str, int]:
+        """The cache as it is now (ONNX Runtime does not tell the weights)."""
+        return {"kv": sum(int(np.prod(v.shape())) * _width(v) for v in self.past.values())}
+
+
+def _width(value: Any) -> int:
+    return np.dtype(DTYPES[value.data_type()]).itemsize

@@ -1,0 +1,82 @@
+"""PyTorch in fp32 through transformers: the reference."""
+
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import sola_edge  # noqa: F401  (teaches transformers to load a compressed checkpoint)
+
+FILLER = 1
+
+
+class Runtime:
+    """A checkpoint in `AutoModelForCausalLM`, fp32, eager or SDPA attention as transformers chooses."""
+
+    def __init__(self, path: str, threads: int, context: int) -> None:
+        import transformers
+        from transformers import AutoModelForCausalLM
+
+        self.loader = AutoModelForCausalLM
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.path = path
+        self.version = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        self.cache: Any = None
+
+    def load(self) -> None:
+        """Raises whatever transformers raises."""
+        self.model = self.loader.from_pretrained(self.path, dtype=torch.float32).eval()
+
+    def _forward(self, ids: list[int], keep: int) -> torch.Tensor:
+        """Logits (keep or all, vocab) of ids appended to the cache."""
+        tokens = torch.tensor([ids])
+        out = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        self.cache = out.past_key_values
+        return out.logits[0]
+
+    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """All positions, no cache."""
+        return self.model(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+
+    def reset(self) -> None:
+        """Forget the context."""
+        self.cache = None
+
+    def prefill(self, ids: list[int]) -> float:
+        """Seconds for ids from where the context is; the logits of the last position."""
+        start = time.perf_counter()
+        self._forward(ids, 1)
+        return time.perf_counter() - start
+
+    def decode(self, count: int) -> float:
+        """Seconds for `count` single-token steps."""
+        start = time.perf_counter()
+        for _ in range(count):
+            self._forward([FILLER], 1)
+        return time.perf_counter() - start
+
+    def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
+        """Greedy continuation and the logits that chose each of its tokens."""
+        self.reset()
+        found: list[int] = []
+        steps: list[npt.NDArray[np.float32]] = []
+        following = ids
+        while len(found) < count and not (found and found[-1] in eos):
+            steps.append(self._forward(following, 1)[-1].float().numpy().copy())
+            found.append(int(steps[-1].argmax()))
+            following = found[-1:]
+        return found, np.stack(steps)
+
+    def parts(self) -> dict[str, int]:
+        """Weights and the cache as it is now."""
+        tensors = {t.data_ptr(): t for t in (*self.model.parameters(), *self.model.buffers())}
+        told = {"weights": sum(t.numel() * t.element_size() for t in tensors.values())}
+        layers = getattr(self.cache, "layers", None)
+        if layers:
+            told["kv"] = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+        return told

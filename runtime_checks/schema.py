@@ -1,0 +1,223 @@
+"""The report's data: what `report.json` holds. Version 1; validated whenever it is written or read.
+
+Units: bytes, tokens per second, nats; `*_percent` are per cent, everything else that is a share is a fraction.
+A figure that was not measured is null. Perplexity is null when any logit was not finite.
+"""
+
+import statistics
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION: Literal[1] = 1
+Kind = Literal["checkpoint", "onnx", "gguf"]
+
+
+class Frozen(BaseModel):
+    """Immutable, no unknown fields, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ProtocolRecord(Frozen):
+    """Which tokens were scored: see protocol.py."""
+
+    text: str
+    text_sha256: str
+    ids_sha256: str
+    context: int
+    windows: int
+    stride: int
+    bos: bool
+    tokens_scored: int
+
+
+class Tolerance(Frozen):
+    """What a precision is allowed against PyTorch fp32 with the same weights."""
+
+    kl_mean: float  # at most, nats
+    top1: float  # at least, fraction
+    ppl_change_percent: float  # at most, either direction
+
+
+class Perplexity(Frozen):
+    """exp(mean NLL); the standard error is over the windows' means (one window: over tokens), by the delta method."""
+
+    value: float | None
+    standard_error: float | None
+    window_nll: list[float | None]
+    tokens: int
+    nonfinite: int
+
+
+class Parity(Frozen):
+    """A candidate's logits against the reference's, over the scored positions."""
+
+    reference: str
+    reference_runtime: str
+    kl_mean: float | None
+    kl_median: float | None
+    kl_p99: float | None
+    kl_max: float | None
+    top1: float | None
+    max_logit_difference: float | None
+    ppl_change_percent: float | None
+    ppl_change_standard_error: float | None
+    window_kl: list[float | None]
+    window_ppl_change_percent: list[float | None]
+    nonfinite: int
+    tolerance: Tolerance
+    passed: bool
+    reasons: list[str]
+
+
+class Speed(Frozen):
+    """Tokens per second of one test, one figure per round."""
+
+    test: str  # pp512, tg128
+    tokens: int
+    runs: list[float]
+    median: float
+    minimum: float
+    maximum: float
+
+    @classmethod
+    def of(cls, test: str, tokens: int, runs: list[float]) -> "Speed":
+        """Summary of the rounds' tokens per second."""
+        return cls(
+            test=test, tokens=tokens, runs=runs, median=statistics.median(runs), minimum=min(runs), maximum=max(runs)
+        )
+
+
+class Throughput(Frozen):
+    """Prefill and decode speed, measured in turn with the other artefacts of the same run."""
+
+    tool: str
+    threads: int
+    rounds: int
+    prefill: Speed
+    decode: Speed
+
+
+class Memory(Frozen):
+    """Resident memory of a fresh process, bytes; `parts` is what the runtime itself tells (weights, kv, compute, …)."""
+
+    covers: str
+    baseline: int  # interpreter and runtime library, before the model is loaded
+    after_load: int
+    peak: int
+    anonymous: int | None  # of the resident memory after the run: the process's own pages …
+    file_backed: int | None  # … and pages of mapped files (memory-mapped weights, shared libraries)
+    parts: dict[str, int]
+
+
+class Generation(Frozen):
+    """A greedy continuation and where it leaves PyTorch's."""
+
+    prompt: str
+    text: str
+    ids: list[int]
+    first_difference: int | None  # position in the continuation, from 0; null when identical or not compared
+    logit_gap: float | None  # PyTorch's logit of its own token minus that of the candidate's, at that position
+    allowed_gap: float | None
+    passed: bool | None  # null: nothing to compare with
+    note: str
+
+
+class Result(Frozen):
+    """One artefact in one runtime."""
+
+    model: str
+    artefact: str
+    kind: Kind
+    precision: str
+    runtime: str
+    version: str
+    bytes: int
+    parameters: int | None = None
+    expected_bytes: int | None = None  # parameters x bytes per weight of the precision
+    memory: Memory | None = None
+    throughput: Throughput | None = None
+    perplexity: Perplexity | None = None
+    parity: Parity | None = None
+    generation: Generation | None = None
+    passed: bool = True
+    reasons: list[str] = Field(default_factory=list)
+
+
+class Cost(Frozen):
+    """A model against the baseline model, same runtime and precision: what was gained and what it cost."""
+
+    baseline: str
+    model: str
+    runtime: str
+    precision: str
+    bytes_ratio: float  # model / baseline; so are the next two
+    parameters_ratio: float | None
+    peak_memory_ratio: float | None
+    prefill_ratio: float | None  # tokens/s, model / baseline: above 1 is faster
+    decode_ratio: float | None
+    perplexity_baseline: float | None
+    perplexity: float | None
+    perplexity_ratio: float | None
+    kl_mean: float | None  # KL(baseline || model), in PyTorch only
+    top1: float | None
+
+
+class Ranks(Frozen):
+    """One decoder layer's ranks by component; null is a dense matrix. `prime` is its number of prime neurons."""
+
+    layer: int
+    prime: int | None
+    ranks: dict[str, int | None]
+    full: dict[str, int]  # the smaller side of the matrix: the largest rank that there could be
+
+
+class Model(Frozen):
+    """A model of the report and the checkpoint that it came from."""
+
+    name: str
+    checkpoint: str | None
+    architecture: str | None
+    parameters: int | None
+    provenance: dict[str, object] = Field(default_factory=dict)
+    ranks: list[Ranks] = Field(default_factory=list)
+
+
+class Skipped(Frozen):
+    """Something that could not be measured, and why."""
+
+    what: str
+    reason: str
+
+
+class Machine(Frozen):
+    """Where it was measured."""
+
+    system: str
+    processor: str
+    cores: int
+    threads_used: int
+    memory: int  # bytes
+    python: str
+
+
+class Report(Frozen):
+    """Everything that one or more checks found."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: str  # UTC, ISO 8601
+    command: list[str]
+    machine: Machine
+    packages: dict[str, str]
+    protocols: list[ProtocolRecord] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)  # how each figure was measured
+    models: list[Model] = Field(default_factory=list)
+    results: list[Result] = Field(default_factory=list)
+    costs: list[Cost] = Field(default_factory=list)
+    skipped: list[Skipped] = Field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every artefact that was measured is within tolerance."""
+        return all(result.passed for result in self.results)

@@ -1,0 +1,236 @@
+"""The GGUF export: names, types and sizes by themselves; values against PyTorch through llama.cpp."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from llama_cpp_runner import divergence, llama_cpp_logits, probe, rewritten, tiny, torch_logits
+
+from exporters.gguf import export
+from exporters.gguf.names import interleave
+from exporters.gguf.types import TYPES
+from exporters.llama_cpp import Build
+from sola_edge.architecture import COMPONENTS
+from sola_edge.checkpoint import CheckpointWriter, open_checkpoint, storage_config
+from sola_edge.config import MatrixLayout
+from sola_edge.errors import UserError
+from sola_edge.files import replace_folder
+
+VARIANTS = {
+    "llama": {},
+    "llama-untied-biased": {"tied": False, "bias": True},
+    "llama-one-kv-head": {"kv_heads": 1},
+    "llama-wide-heads": {"head_dim": 32},
+    "llama3-rope": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "llama-linear-rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "mistral": {"model_type": "mistral", "tied": False, "sliding_window": None},
+}
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("gguf") / "compressed", compressed=True)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("gguf") / "dense")
+
+
+def reader_of(path: Path) -> gguf.GGUFReader:
+    return gguf.GGUFReader(path)
+
+
+def fully_factored(source: Path, folder: Path) -> Path:
+    """The same model with every matrix as factors of full rank, some neurons prime: B A is the rest of W exactly."""
+    checkpoint = open_checkpoint(source)
+    prime = 32
+    with replace_folder(folder) as partial:
+        writer, layouts = CheckpointWriter(partial), {}
+        for name in checkpoint.names():
+            module, _, kind = name.rpartition(".")
+            component = checkpoint.architecture.component_of(module)
+            weight = checkpoint.tensor(name)
+            if component is None or kind != "weight":
+                writer.add(name, weight)
+                continue
+            n_out, n_in = weight.shape
+            p = prime if component in ("gate", "up", "down") else 0
+            split = "in" if component == "down" else "out"
+            kept, rest = weight.split([p, n_out - p]) if split == "out" else weight.split([p, n_in - p], dim=1)
+            rotation = torch.linalg.qr(torch.randn(rest.shape[1], rest.shape[1], dtype=torch.float64))[0]
+            layouts[module] = MatrixLayout(n_out, n_in, p, rest.shape[1], split)
+            writer.add(f"{module}.A", rotation.T.float())
+            writer.add(f"{module}.B", (rest.double() @ rotation).float())
+            if p:
+                writer.add(f"{module}.prime", kept)
+        writer.finish(storage_config(checkpoint), None, layouts)
+        for path in source.glob("*token*"):
+            (partial / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_interleave_makes_pairs_of_halves() -> None:
+    rows = np.array([[0], [1], [2], [3], [10], [11], [12], [13]])  # two heads of four: x0 x1 y0 y1
+    assert interleave(rows, 2).ravel().tolist() == [0, 2, 1, 3, 10, 12, 11, 13]
+
+
+def test_factor_tensors_have_the_names_and_shapes_of_the_design(compressed: Path, tmp_path: Path) -> None:
+    export(compressed, tmp_path / "x.gguf", "f16")
+    reader = reader_of(tmp_path / "x.gguf")
+    shapes = {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}  # GGUF order: columns first
+    checkpoint = open_checkpoint(compressed)
+    layout = checkpoint.layout[checkpoint.architecture.module(1, "down")]
+    assert shapes["blk.1.ffn_down.prime.weight"] == (layout.prime, layout.n_out)
+    assert shapes["blk.1.ffn_down.lr_a.weight"] == (layout.n_in - layout.prime, layout.rank)
+    assert shapes["blk.1.ffn_down.lr_b.weight"] == (layout.rank, layout.n_out)
+    assert "blk.1.ffn_down.weight" not in shapes and "blk.0.ffn_down.weight" in shapes
+    assert "output.weight" not in shapes
+    assert reader.fields["general.architecture"].contents() == "llama"
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_F16
+    assert reader.fields["sola.method"].contents() == open_checkpoint(compressed).provenance["method"]
+
+
+def test_dense_export_read_back_is_the_checkpoint(dense: Path, tmp_path: Path) -> None:
+    export(dense, tmp_path / "x.gguf", "f32")
+    original, back = open_checkpoint(dense), open_checkpoint(tmp_path / "x.gguf")
+    assert sorted(back.names()) == sorted(original.names())
+    for name in original.names():
+        torch.testing.assert_close(back.tensor(name), original.tensor(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("type", ["f32", "f16", "bf16"])
+def test_size_is_what_the_parameter_count_says(compressed: Path, tmp_path: Path, type: str) -> None:
+    checkpoint = open_checkpoint(compressed)
+    vectors = sum(checkpoint.shape(n)[0] for n in checkpoint.names() if len(checkpoint.shape(n)) == 1)
+    result = export(compressed, tmp_path / "x.gguf", type)
+    width = 4 if type == "f32" else 2
+    assert result.tensor_bytes == 4 * vectors + width * (checkpoint.parameters() - vectors)
+    assert result.bytes == (tmp_path / "x.gguf").stat().st_size >= result.tensor_bytes
+    assert result.fallbacks == ()
+
+
+def test_rows_that_are_no_whole_blocks_fall_back_to_f16_and_are_counted(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "x", compressed=True, kv_heads=1)  # k: 16 rows, so rank 8
+    result = export(folder, tmp_path / "x.gguf", "q8_0")
+    assert {name.rpartition("attn_k.")[2] for name in result.fallbacks} == {"lr_b.weight"}
+    assert result.type_counts["F16"] == len(result.fallbacks) == 3
+    types = {t.name: t.tensor_type.name for t in reader_of(tmp_path / "x.gguf").tensors}
+    assert {name for name, type in types.items() if type == "F16"} == set(result.fallbacks)
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_every_type_stores_values_that_read_back(dense: Path, tmp_path: Path, type: str) -> None:
+    export(dense, tmp_path / "x.gguf", type)
+    original, back = open_checkpoint(dense), open_checkpoint(tmp_path / "x.gguf")
+    name = original.architecture.module(2, "gate") + ".weight"
+    error = (back.tensor(name) - original.tensor(name)).norm() / original.tensor(name).norm()
+    bits = {"f32": 24, "f16": 11, "bf16": 8, "q8_0": 7, "q5_0": 4, "q5_1": 4, "q4_0": 3, "q4_1": 3}[type]
+    assert error < 2.0**-bits
+
+
+def test_values_that_f16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "x")
+    checkpoint = open_checkpoint(folder)
+    with replace_folder(tmp_path / "large") as partial:
+        writer = CheckpointWriter(partial)
+        for name in checkpoint.names():
+            writer.add(name, checkpoint.tensor(name) * (1e6 if "up_proj" in name else 1))
+        writer.finish(storage_config(checkpoint), None, {})
+        for path in folder.glob("*token*"):
+            (partial / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight.*bf16"):
+        export(tmp_path / "large", tmp_path / "x.gguf", "f16")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_bad_requests_are_one_line_and_leave_nothing(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="q9_9"):
+        export(dense, tmp_path / "x.gguf", "q9_9")
+    with pytest.raises(UserError, match="folder"):
+        export(dense, tmp_path, "f16")
+    with pytest.raises(UserError, match="missing"):
+        export(tmp_path / "missing", tmp_path / "x.gguf", "f16")
+    bare = tiny(tmp_path / "bare")
+    for path in bare.glob("*token*"):
+        path.unlink()
+    with pytest.raises(UserError, match="no tokenizer"):
+        export(bare, tmp_path / "x.gguf", "f16")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_an_unknown_vocabulary_is_recognised_by_its_rule(dense: Path, tmp_path: Path) -> None:
+    export(dense, tmp_path / "x.gguf", "f16")
+    assert reader_of(tmp_path / "x.gguf").fields["tokenizer.ggml.pre"].contents() == "smollm"
+    folder = tiny(tmp_path / "odd")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="tokenizer"):
+        export(folder, tmp_path / "odd.gguf", "f16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_cpp_computes_what_pytorch_does(variant: str, tmp_path: Path, llama_cpp_build: Build) -> None:
+    """Dense, factored and recomposed, in F32 (summation order alone differs) and F16."""
+    for name, is_compressed in (("dense", False), ("compressed", True)):
+        folder = tiny(tmp_path / name, compressed=is_compressed, **VARIANTS[variant])
+        expected = torch_logits(folder)
+        for type, recomposed, limit in (("f32", False, 1e-6), ("f32", True, 1e-6), ("f16", False, 2e-3)):
+            export(folder, tmp_path / "x.gguf", type, dense=recomposed)
+            found = llama_cpp_logits(llama_cpp_build, tmp_path / "x.gguf")
+            assert divergence(expected, found) < limit, (name, type, recomposed)
+
+
+@pytest.mark.slow
+def test_factors_of_full_rank_are_the_dense_model(dense: Path, tmp_path: Path, llama_cpp_build: Build) -> None:
+    folder = fully_factored(dense, tmp_path / "full")
+    assert len(open_checkpoint(folder).layout) == 5 * len(COMPONENTS)
+    export(folder, tmp_path / "x.gguf", "f32")
+    found = llama_cpp_logits(llama_cpp_build, tmp_path / "x.gguf")
+    assert divergence(torch_logits(dense), found) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("type", ["q8_0", "q4_0"])
+def test_quantized_factors_run(compressed: Path, tmp_path: Path, llama_cpp_build: Build, type: str) -> None:
+    """Against the same values in F32: only the rounding of activations is left, which is the dense model's too."""
+    errors = []
+    for recomposed in (False, True):
+        quantized = export(compressed, tmp_path / "x.gguf", type, dense=recomposed).path
+        values = rewritten(quantized, tmp_path / "f32.gguf", lambda _, values: values)
+        expected = llama_cpp_logits(llama_cpp_build, values)
+        errors.append(divergence(expected, llama_cpp_logits(llama_cpp_build, quantized)))
+    factored, dense = errors
+    assert factored < 3 * dense < 1
+
+
+@pytest.mark.slow
+def test_mmap_changes_nothing(compressed: Path, tmp_path: Path, llama_cpp_build: Build) -> None:
+    export(compressed, tmp_path / "x.gguf", "f16")
+    mapped = llama_cpp_logits(llama_cpp_build, tmp_path / "x.gguf")
+    read = llama_cpp_logits(llama_cpp_build, tmp_path / "x.gguf", mmap=False)
+    np.testing.assert_array_equal(mapped, read)
+
+
+@pytest.mark.slow
+def test_llama_cpp_splits_text_as_the_checkpoints_tokenizer(
+    smollm2: Path, tmp_path: Path, llama_cpp_build: Build
+) -> None:
+    """On a model whose BOS transformers does not prepend either."""
+    export(smollm2, tmp_path / "x.gguf", "q4_0")
+    text = "It's 12345 tokens:\n\n  naïve café — 日本語 <|im_start|>user\nHi!<|im_end|>\r\n\tdef f(x):\n        return x ** 2"
+    expected = open_checkpoint(smollm2).tokenizer()(text)["input_ids"]
+    assert probe(llama_cpp_build, tmp_path / "x.gguf", text=text)["tokens"] == expected
