@@ -12,6 +12,8 @@ _HOME = {
     "measure_models": "campaign",
     "measure_perplexity": "checks",
     "write_report": "report",
+    "write_html": "report",
+    "write_json": "report",
     "load_report": "report",
     "print_table": "table",
 }
@@ -22,6 +24,8 @@ __all__ = [
     "measure_models",
     "measure_perplexity",
     "print_table",
+    "write_html",
+    "write_json",
     "write_report",
 ]
 

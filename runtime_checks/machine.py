@@ -76,5 +76,5 @@ def _llama_cpp() -> dict[str, str]:
         facts = build.manifest()
     except (ImportError, OSError, ValueError):
         return {}
-    told = [f"{key} {facts[key]}" for key in ("version", "commit") if isinstance(facts.get(key), str)]
+    told = [str(facts[key]) for key in ("version", "llama_cpp_commit") if isinstance(facts.get(key), str)]
     return {"llama.cpp": ", ".join(told)} if told else {}

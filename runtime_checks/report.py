@@ -6,7 +6,17 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from runtime_checks.schema import SCHEMA_VERSION, Report
-from runtime_checks.summary import COLUMNS, by_runtime, cards, continuations, failures, megabytes, row, verdict
+from runtime_checks.summary import (
+    COLUMNS,
+    by_runtime,
+    cards,
+    continuations,
+    failures,
+    megabytes,
+    row,
+    verdict,
+    warnings,
+)
 from sola_edge.errors import UserError
 from sola_edge.files import replace_file
 
@@ -55,6 +65,7 @@ def html(report: Report) -> str:
         columns=COLUMNS,
         rows=[(result, row(result)) for result in by_runtime(report)],
         failures=failures(report),
+        warnings=warnings(report),
         plots=plots(report),
         continuations=continuations(report),
     )

@@ -95,6 +95,7 @@ class Throughput(Frozen):
     tool: str
     threads: int
     rounds: int
+    others_busy: float  # share of all cores that other work took just before the rounds
     prefill: Speed
     decode: Speed
 

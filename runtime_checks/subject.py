@@ -1,6 +1,7 @@
 """One artefact in one runtime, and the figures collected about it while its child process lives."""
 
 import tempfile
+import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ class Subject:
 
     def write_reference(self, protocol: Protocol, scratch: Path) -> Reference:
         """Run the protocol and keep the logits: this is what others are compared with. Raises CheckError."""
-        name = f"{abs(hash((self.model, str(self.artefact.path))))}"
+        name = uuid.uuid4().hex
         reference = write_reference(self._running(), protocol, scratch, name, f"logits of {self.label}")
         self.found["perplexity"] = perplexity(reference.nll)
         return reference

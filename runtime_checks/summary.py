@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from runtime_checks.schema import Cost, Memory, Report, Result, Speed
 
 DASH = "–"
+BUSY = 0.2  # share of the cores from which on a speed is doubtful
 COLUMNS = (
     "Runtime",
     "Model",
@@ -133,6 +134,14 @@ def verdict(report: Report) -> str:
     if not judged:
         return "Measured; nothing was compared with a reference"
     return f"All {len(judged)} exports compute what PyTorch computes, within tolerance"
+
+
+def warnings(report: Report) -> list[str]:
+    """What makes figures of this report doubtful."""
+    busy = max((r.throughput.others_busy for r in report.results if r.throughput), default=0.0)
+    if busy > BUSY:
+        return [f"Other programs kept up to {busy:.0%} of the cores busy: speeds are not to be relied on."]
+    return []
 
 
 def cards(report: Report) -> list[Card]:

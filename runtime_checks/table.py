@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from runtime_checks.schema import Report, Result
-from runtime_checks.summary import DASH, by_runtime, cards, continuations, failures, megabytes, row, verdict
+from runtime_checks.summary import DASH, by_runtime, cards, continuations, failures, megabytes, row, verdict, warnings
 
 COST = ("Runtime", "Model", "Size", "Peak", "Prefill tok/s", "Decode tok/s")
 QUALITY = ("Perplexity", "KL to PyTorch", "Same top-1", "Check")
@@ -33,6 +33,8 @@ def print_table(report: Report, console: Console | None = None) -> None:
         console.print(f"skipped: {skipped.what}: {skipped.reason}", markup=False, highlight=False, style="yellow")
     for line in failures(report):
         console.print(line, markup=False, highlight=False, style="red")
+    for line in warnings(report):
+        console.print(line, markup=False, highlight=False, style="yellow")
     console.print(verdict(report), style="bold green" if report.passed else "bold red", highlight=False)
 
 

@@ -3,7 +3,7 @@
 pp512: a prompt of 512 tokens from an empty context. tg128: 128 single-token steps from an empty context. All artefacts
 of one comparison are measured in turn within each round (A B A B …), so that a machine that slows down slows them all;
 the figures are the median over rounds with minimum and maximum. llama.cpp is measured by llama-bench itself, the others
-in their child process after a warm-up.
+in their child process after a warm-up. What other programs take of the cores is noted just before the rounds.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import psutil
 
 from runtime_checks.process import CheckError, Child
 from runtime_checks.schema import Speed, Throughput
@@ -21,6 +22,7 @@ from sola_edge.progress import track
 Key = TypeVar("Key")
 Once = Callable[[], tuple[float, float]]  # seconds of the prefill and of the decode
 SEED = 0
+BUSY_SECONDS = 0.5
 
 
 def random_prompt(tokens: int, vocab: int) -> list[int]:
@@ -66,6 +68,7 @@ def interleave(
     prefill: dict[Key, list[float]] = {key: [] for key in members}
     decode: dict[Key, list[float]] = {key: [] for key in members}
     failed: dict[Key, str] = {}
+    busy = psutil.cpu_percent(interval=BUSY_SECONDS) / 100
     turns = [key for _ in range(rounds) for key in members]
     for key in track(turns, description):
         if key in failed:
@@ -82,6 +85,7 @@ def interleave(
             tool=tool,
             threads=threads,
             rounds=rounds,
+            others_busy=busy,
             prefill=Speed.of(f"pp{prompt}", prompt, prefill[key]),
             decode=Speed.of(f"tg{generate}", generate, decode[key]),
         )

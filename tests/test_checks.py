@@ -448,3 +448,34 @@ def test_a_broken_gguf_is_a_failed_result_with_llama_cpps_own_line(
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"cut\.gguf"):
         check_parity(tiny, [tmp_path / "cut.gguf"], TEXT, context=64, windows=1)
+
+
+@pytest.mark.slow
+def test_compressed_smollm2_is_the_same_in_every_runtime(
+    smollm2_compressed: Path, llama_cpp_build: object, tmp_path: Path
+) -> None:
+    """What the product promises: one model, four runtimes, the same figures on the same ids."""
+    from exporters.gguf import export as export_gguf
+    from exporters.onnx import export as export_onnx
+
+    paths = [smollm2_compressed, tmp_path / "onnx", tmp_path / "f16.gguf", tmp_path / "q8_0.gguf"]
+    export_onnx(smollm2_compressed, paths[1])
+    export_gguf(smollm2_compressed, paths[2], type="f16")
+    export_gguf(smollm2_compressed, paths[3], type="q8_0")
+    text = " ".join(str(pow(7, i)) + " is a power of seven, and the next one is larger." for i in range(200))
+    sizes = {"context": 256, "windows": 2, "prompt": 64, "generate": 8, "rounds": 1, "continuation": 64}
+    report = measure_models({"compressed": paths}, text, **sizes)
+    assert report.passed, [r.reasons for r in report.results]
+    found = {(r.runtime, r.precision): r for r in report.results}
+    reference = found["torch", "fp32"].perplexity
+    for key, change in (
+        (("onnxruntime", "fp32"), 1e-3),
+        (("onnxruntime-genai", "fp32"), 1e-3),
+        (("llama.cpp", "f16"), 1e-3),
+    ):
+        ppl = found[key].perplexity
+        assert ppl is not None and reference is not None and ppl.value == pytest.approx(reference.value, rel=change)
+    assert found["onnxruntime-genai", "fp32"].generation.first_difference is None  # type: ignore[union-attr]
+    for result in report.results:
+        if result.kind == "gguf":
+            assert result.expected_bytes is not None and result.bytes / result.expected_bytes < 1.03

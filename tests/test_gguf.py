@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from llama_cpp_runner import divergence, llama_cpp_logits, probe, rewritten, tiny, torch_logits
+from llama_cpp_runner import divergence, llama_cpp_logits, probe, rewritten, torch_logits
 
 from exporters.gguf import export
 from exporters.gguf.names import interleave
@@ -18,6 +18,7 @@ from sola_edge.checkpoint import CheckpointWriter, open_checkpoint, storage_conf
 from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.files import replace_folder
+from sola_edge.testing import tiny_checkpoint
 
 VARIANTS = {
     "llama": {},
@@ -40,12 +41,12 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny(tmp_path_factory.mktemp("gguf") / "compressed", compressed=True)
+    return tiny_checkpoint(tmp_path_factory.mktemp("gguf") / "compressed", compressed=True)
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny(tmp_path_factory.mktemp("gguf") / "dense")
+    return tiny_checkpoint(tmp_path_factory.mktemp("gguf") / "dense")
 
 
 def reader_of(path: Path) -> gguf.GGUFReader:
@@ -122,7 +123,7 @@ def test_size_is_what_the_parameter_count_says(compressed: Path, tmp_path: Path,
 
 
 def test_rows_that_are_no_whole_blocks_fall_back_to_f16_and_are_counted(tmp_path: Path) -> None:
-    folder = tiny(tmp_path / "x", compressed=True, kv_heads=1)  # k: 16 rows, so rank 8
+    folder = tiny_checkpoint(tmp_path / "x", compressed=True, kv_heads=1)  # k: 16 rows, so rank 8
     result = export(folder, tmp_path / "x.gguf", "q8_0")
     assert {name.rpartition("attn_k.")[2] for name in result.fallbacks} == {"lr_b.weight"}
     assert result.type_counts["F16"] == len(result.fallbacks) == 3
@@ -141,7 +142,7 @@ def test_every_type_stores_values_that_read_back(dense: Path, tmp_path: Path, ty
 
 
 def test_values_that_f16_cannot_hold_are_refused(tmp_path: Path) -> None:
-    folder = tiny(tmp_path / "x")
+    folder = tiny_checkpoint(tmp_path / "x")
     checkpoint = open_checkpoint(folder)
     with replace_folder(tmp_path / "large") as partial:
         writer = CheckpointWriter(partial)
@@ -162,7 +163,7 @@ def test_bad_requests_are_one_line_and_leave_nothing(dense: Path, tmp_path: Path
         export(dense, tmp_path, "f16")
     with pytest.raises(UserError, match="missing"):
         export(tmp_path / "missing", tmp_path / "x.gguf", "f16")
-    bare = tiny(tmp_path / "bare")
+    bare = tiny_checkpoint(tmp_path / "bare")
     for path in bare.glob("*token*"):
         path.unlink()
     with pytest.raises(UserError, match="no tokenizer"):
@@ -173,7 +174,7 @@ def test_bad_requests_are_one_line_and_leave_nothing(dense: Path, tmp_path: Path
 def test_an_unknown_vocabulary_is_recognised_by_its_rule(dense: Path, tmp_path: Path) -> None:
     export(dense, tmp_path / "x.gguf", "f16")
     assert reader_of(tmp_path / "x.gguf").fields["tokenizer.ggml.pre"].contents() == "smollm"
-    folder = tiny(tmp_path / "odd")
+    folder = tiny_checkpoint(tmp_path / "odd")
     content = json.loads((folder / "tokenizer.json").read_text())
     content["pre_tokenizer"] = {"type": "Whitespace"}
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -186,7 +187,7 @@ def test_an_unknown_vocabulary_is_recognised_by_its_rule(dense: Path, tmp_path: 
 def test_llama_cpp_computes_what_pytorch_does(variant: str, tmp_path: Path, llama_cpp_build: Build) -> None:
     """Dense, factored and recomposed, in F32 (summation order alone differs) and F16."""
     for name, is_compressed in (("dense", False), ("compressed", True)):
-        folder = tiny(tmp_path / name, compressed=is_compressed, **VARIANTS[variant])
+        folder = tiny_checkpoint(tmp_path / name, compressed=is_compressed, **VARIANTS[variant])
         expected = torch_logits(folder)
         for type, recomposed, limit in (("f32", False, 1e-6), ("f32", True, 1e-6), ("f16", False, 2e-3)):
             export(folder, tmp_path / "x.gguf", type, dense=recomposed)

@@ -7,11 +7,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from llama_cpp_runner import Refused, llama_cpp_logits, probe, rewritten, tiny
+from llama_cpp_runner import Refused, llama_cpp_logits, probe, rewritten
 
 from exporters.gguf import export
 from exporters.llama_cpp import Build, CompilerMissing, build, edits, find, info, source_tree
 from sola_edge.errors import UserError
+from sola_edge.testing import tiny_checkpoint
 
 FILES = {insertion.file for insertion in edits.INSERTIONS}
 
@@ -119,7 +120,7 @@ def test_a_second_build_builds_nothing(llama_cpp_build: Build, monkeypatch: pyte
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with factors, F32."""
     folder = tmp_path_factory.mktemp("factors")
-    tiny(folder / "checkpoint", compressed=True)
+    tiny_checkpoint(folder / "checkpoint", compressed=True)
     return export(folder / "checkpoint", folder / "model.gguf", "f32").path
 
 

@@ -27,7 +27,7 @@ from runtime_checks.schema import (
     Speed,
     Throughput,
 )
-from runtime_checks.summary import cards, continuations, number, verdict
+from runtime_checks.summary import cards, continuations, number, verdict, warnings
 from sola_edge.errors import UserError
 
 PARAMETERS = {"dense": 134_515_008, "compressed": 107_612_006}
@@ -64,7 +64,7 @@ def sample_result(model: str, runtime: str, precision: str, fails: bool) -> Resu
         memory=Memory(covers="loading", baseline=60_000_000, after_load=size + 70_000_000, peak=size + 180_000_000,
                       anonymous=size, file_backed=30_000_000, parts=told),
         throughput=Throughput(
-            tool="child process", threads=2, rounds=3,
+            tool="child process", threads=2, rounds=3, others_busy=0.01,
             prefill=Speed.of("pp512", 512, [base * gain, base * gain * 1.02, base * gain * 0.97]),
             decode=Speed.of("tg128", 128, [factor * gain, factor * gain * 1.04, factor * gain * 0.99]),
         ),
@@ -208,3 +208,13 @@ def test_numbers_read_well() -> None:
     assert [number(v) for v in (None, 0.0, 1e-7, 0.0123, 22.04, 518.3, 20486.0)] == [
         "–", "0", "1.0e-07", "0.0123", "22", "518", "20,486",
     ]  # fmt: skip
+
+
+def test_a_busy_machine_is_told() -> None:
+    report = sample_report()
+    assert warnings(report) == []
+    first = report.results[0]
+    assert first.throughput is not None
+    busy = first.model_copy(update={"throughput": first.throughput.model_copy(update={"others_busy": 0.6})})
+    report = report.model_copy(update={"results": [busy]})
+    assert "60%" in warnings(report)[0] and warnings(report)[0] in html(report)
