@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION: Literal[1] = 1
+BUSY = 0.2  # share of the cores in others' use from which on a speed is doubtful
 Kind = Literal["checkpoint", "onnx", "gguf"]
 
 

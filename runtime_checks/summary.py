@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from runtime_checks.schema import Cost, Memory, Report, Result, Speed
+from runtime_checks.schema import BUSY, Cost, Memory, Report, Result, Speed
 
 DASH = "–"
-BUSY = 0.2  # share of the cores from which on a speed is doubtful
 COLUMNS = (
     "Runtime",
     "Model",

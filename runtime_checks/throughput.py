@@ -3,10 +3,12 @@
 pp512: a prompt of 512 tokens from an empty context. tg128: 128 single-token steps from an empty context. All artefacts
 of one comparison are measured in turn within each round (A B A B …), so that a machine that slows down slows them all;
 the figures are the median over rounds with minimum and maximum. llama.cpp is measured by llama-bench itself, the others
-in their child process after a warm-up. What other programs take of the cores is noted just before the rounds.
+in their child process after a warm-up. What other programs take of the cores is noted just before the rounds;
+where that is much, llama-bench is told to let waiting threads sleep (it would crawl otherwise).
 """
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,12 +17,12 @@ from typing import TypeVar
 import numpy as np
 import psutil
 
-from runtime_checks.process import CheckError, Child
-from runtime_checks.schema import Speed, Throughput
+from runtime_checks.process import PASSIVE, CheckError, Child
+from runtime_checks.schema import BUSY, Speed, Throughput
 from sola_edge.progress import track
 
 Key = TypeVar("Key")
-Once = Callable[[], tuple[float, float]]  # seconds of the prefill and of the decode
+Once = Callable[[bool], tuple[float, float]]  # is the machine busy? → seconds of the prefill and of the decode
 SEED = 0
 BUSY_SECONDS = 0.5
 
@@ -33,7 +35,7 @@ def random_prompt(tokens: int, vocab: int) -> list[int]:
 def child_once(child: Child, prompt: list[int], generate: int) -> Once:
     """One round of a runtime that is measured in its child process."""
 
-    def once() -> tuple[float, float]:
+    def once(busy: bool) -> tuple[float, float]:
         seconds = child.ask("time", prompt=prompt, generate=generate)
         return seconds["prefill"], seconds["decode"]
 
@@ -43,7 +45,7 @@ def child_once(child: Child, prompt: list[int], generate: int) -> Once:
 def llama_bench_once(path: Path, prompt: int, generate: int, threads: int) -> Once:
     """One round of llama-bench (its own warm-up included, one repetition). It raises CheckError when llama-bench fails."""
 
-    def once() -> tuple[float, float]:
+    def once(busy: bool) -> tuple[float, float]:
         from exporters import llama_cpp
 
         build = llama_cpp.find()
@@ -51,7 +53,8 @@ def llama_bench_once(path: Path, prompt: int, generate: int, threads: int) -> On
             raise CheckError("llama-bench: no llama.cpp build")
         sizes = ["-p", str(prompt), "-n", str(generate), "-r", "1", "-t", str(threads), "-ngl", "0"]
         command = [str(build.tool("llama-bench")), "-m", str(path), *sizes, "-o", "json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, **(PASSIVE if busy else {})}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"code {done.returncode}"]
             raise CheckError(f"llama-bench on {path}: {lines[-1]}")
@@ -74,7 +77,7 @@ def interleave(
         if key in failed:
             continue
         try:
-            seconds_prefill, seconds_decode = members[key]()
+            seconds_prefill, seconds_decode = members[key](busy > BUSY)
         except CheckError as error:
             failed[key] = str(error)
             continue

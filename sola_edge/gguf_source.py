@@ -58,7 +58,7 @@ class GGUFTensors:
         if unknown:
             raise UserError(f"{path} has tensors that {architecture.model_type} does not: {', '.join(unknown[:3])}")
         rows = (architecture.q, architecture.k)
-        self._permuted = rows if self._gguf_architecture in INTERLEAVED_ROPE else ()
+        self._permuted: tuple[str, ...] = rows if self._gguf_architecture in INTERLEAVED_ROPE else ()
 
     def names(self) -> list[str]:
         return list(self._tensors)

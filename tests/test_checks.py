@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_cpp_runner import tiny as make_tiny
 
 from runtime_checks import bench, check_parity, measure_models, measure_perplexity
 from runtime_checks.artefacts import open_artefact
@@ -23,14 +22,14 @@ from runtime_checks.runtimes import RUNTIMES, RuntimeRow
 from runtime_checks.schema import Speed
 from runtime_checks.throughput import interleave, random_prompt
 from sola_edge.errors import UserError
-from sola_edge.testing import byte_tokenizer
+from sola_edge.testing import byte_tokenizer, tiny_checkpoint
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while.\n" * 8
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("checks") / "tiny", compressed=True)
+    return tiny_checkpoint(tmp_path_factory.mktemp("checks") / "tiny", compressed=True)
 
 
 def logits_of(probabilities: list[list[float]]) -> np.ndarray:
@@ -222,7 +221,7 @@ def test_members_take_turns_and_a_failing_one_is_reported() -> None:
             raise CheckError("b broke")
         return seconds, 2 * seconds
 
-    members = {"a": lambda: member("a", 0.5), "b": lambda: member("b", 1.0), "c": lambda: member("c", 2.0)}
+    members = {"a": lambda _: member("a", 0.5), "b": lambda _: member("b", 1.0), "c": lambda _: member("c", 2.0)}
     found, failed = interleave(members, 3, 100, 10, 1, "test", "turns")
     assert calls == ["a", "b", "c", "a", "b", "c", "a", "c"]
     assert failed == {"b": "b broke"} and set(found) == {"a", "c"}
