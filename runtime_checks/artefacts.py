@@ -11,7 +11,6 @@ from runtime_checks.schema import Kind
 from sola_edge.errors import UserError
 from sola_edge.files import size_of
 
-WEIGHT_SUFFIXES = {".safetensors", ".onnx", ".data", ".gguf"}
 BYTES_PER_WEIGHT = {
     "fp32": 4.0,
     "f32": 4.0,
@@ -26,6 +25,8 @@ BYTES_PER_WEIGHT = {
     "q2_k": 84 / 256,
     "q4_0": 18 / 32,
     "q4_1": 20 / 32,
+    "q5_0": 22 / 32,
+    "q5_1": 24 / 32,
 }
 
 
@@ -62,16 +63,14 @@ def open_artefact(path: Path) -> Artefact:
 
 def _gguf_type(path: Path) -> str:
     """The tensor type that holds most of the weights, as a lower-case name."""
-    import gguf
+    from sola_edge.gguf_source import open_gguf
 
-    try:
-        tensors = gguf.GGUFReader(path).tensors
-        counts: Counter[str] = Counter()
-        for tensor in tensors:
-            counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
-        return counts.most_common(1)[0][0]
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise UserError(f"{path} is truncated or no GGUF file ({error}); export it again") from error
+    counts: Counter[str] = Counter()
+    for tensor in open_gguf(path).tensors:
+        counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    if not counts:
+        raise UserError(f"{path} holds no tensors; give an exported model")
+    return counts.most_common(1)[0][0]
 
 
 def _onnx_precision(path: Path) -> str:

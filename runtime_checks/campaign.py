@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from pathlib import Path
 
-from runtime_checks.checks import WARM_UP, check_sizes, new_report, notes, subjects_of, time_group, tokenizer_of
+from runtime_checks.checks import WARM_UP, check_sizes, new_report, notes, subjects_of, time_group
 from runtime_checks.costs import compression_parity, costs_of
 from runtime_checks.generation import PROMPT
 from runtime_checks.machine import checked_threads
@@ -24,6 +24,7 @@ from runtime_checks.protocol import Protocol, make_protocol
 from runtime_checks.reference import Reference
 from runtime_checks.schema import Parity, Report, Skipped
 from runtime_checks.subject import Prompt, Subject
+from sola_edge.checkpoint import load_tokenizer, open_checkpoint
 from sola_edge.errors import UserError
 
 
@@ -78,8 +79,7 @@ def measure_models(
     for subject in subjects:
         subject.parameters = next(m.parameters for m in described if m.name == subject.model)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="sola-edge-") as folder:
-        vocab = len(asked.tokenizer)
-        run = _Run(protocol, asked, Path(folder), threads, prompt, generate, rounds, vocab)
+        run = _Run(protocol, asked, Path(folder), threads, prompt, generate, rounds, _vocabulary(subjects))
         for group in _groups(subjects):
             _measure_group(group, run)
         parity = _compression(list(models), run)
@@ -102,19 +102,24 @@ def _checkpoint(model: str, subjects: list[Subject]) -> Path:
     return found[0]
 
 
+def _vocabulary(subjects: list[Subject]) -> int:
+    """Ids that every model has an embedding of (a tokenizer may know more)."""
+    return min(open_checkpoint(s.artefact.path).config.vocab_size for s in subjects if s.artefact.kind == "checkpoint")
+
+
 def _inputs(
     subjects: list[Subject], text: Path | str, name: str, context: int, windows: int, continue_text: str, count: int
 ) -> tuple[Protocol, Prompt]:
     """One protocol and one prompt. Raises UserError when the models' tokenizers differ."""
     checkpoints = {s.model: s.artefact.path for s in subjects if s.artefact.kind == "checkpoint"}
-    tokenizers = {model: tokenizer_of(path) for model, path in checkpoints.items()}
+    tokenizers = {model: load_tokenizer(path) for model, path in checkpoints.items()}
     protocols = {m: make_protocol(text, t, context, windows, name) for m, t in tokenizers.items()}
     first, *others = protocols.values()
     if any(other.ids_sha256 != first.ids_sha256 for other in others):
         raise UserError("the models' tokenizers turn the text into different ids, so their figures cannot be compared")
     tokenizer = next(iter(tokenizers.values()))
     ids = tokenizer(continue_text, add_special_tokens=False)["input_ids"]
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    eos = open_checkpoint(next(iter(checkpoints.values()))).end_ids(tokenizer)
     return first, Prompt(continue_text, ids, count, eos, tokenizer)
 
 

@@ -27,6 +27,7 @@ from runtime_checks.runtimes import runtimes_for
 from runtime_checks.schema import Report, Skipped
 from runtime_checks.subject import Subject
 from runtime_checks.throughput import interleave
+from sola_edge.checkpoint import load_tokenizer
 from sola_edge.errors import UserError
 from sola_edge.progress import track
 
@@ -49,21 +50,6 @@ def subjects_of(model: str, path: Path, skipped: list[Skipped], every_runtime: b
     return found
 
 
-def tokenizer_of(path: Path) -> Any:
-    """The tokenizer in a checkpoint folder, an ONNX folder or a GGUF file. Raises UserError."""
-    from transformers import AutoTokenizer
-
-    if path.suffix == ".gguf":
-        from sola_edge.checkpoint import open_checkpoint
-
-        return open_checkpoint(path).tokenizer()
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its back end meets
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"no tokenizer in {path} ({line}); name a checkpoint to take it from") from error
-
-
 def new_report(threads: int, **fields: Any) -> Report:
     """A report with its provenance filled in."""
     return Report(
@@ -80,6 +66,7 @@ def check_parity(
     candidates: list[Path],
     text: Path | str,
     *,
+    text_name: str = "",
     context: int = 2048,
     windows: int | None = 4,
     threads: int | None = None,
@@ -96,12 +83,16 @@ def check_parity(
     if not first:
         raise UserError(f"the reference cannot be run: {skipped[-1].reason if skipped else reference}")
     subjects = [s for path in candidates for s in subjects_of("", Path(path), skipped)]
-    tokenizer = tokenizer_of(Path(tokenizer_from or reference))
-    protocol = make_protocol(text, tokenizer, context, windows)
+    _refuse_nothing(subjects, skipped)
+    tokenizer = load_tokenizer(Path(tokenizer_from or reference))
+    protocol = make_protocol(text, tokenizer, context, windows, text_name)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="sola-edge-") as folder:
-        with ExitStack() as stack:
-            first[0].start(stack, threads, context)
-            logits = first[0].write_reference(protocol, Path(folder))
+        try:
+            with ExitStack() as stack:
+                first[0].start(stack, threads, context)
+                logits = first[0].write_reference(protocol, Path(folder))
+        except CheckError as error:
+            raise UserError(f"the reference cannot be run: {error}") from error
         for subject in subjects:
             try:
                 with ExitStack() as stack:
@@ -132,11 +123,18 @@ def bench(
     named = [("baseline", Path(baseline))] if baseline else []
     named += [(f"candidate {i}" if len(candidates) > 1 else "candidate", Path(p)) for i, p in enumerate(candidates, 1)]
     subjects = [s for name, path in named for s in subjects_of(name, path, skipped)]
+    _refuse_nothing(subjects, skipped)
     for name in dict.fromkeys(s.row.name for s in subjects):
         bench_group([s for s in subjects if s.row.name == name], prompt, generate, rounds, threads)
     results = [s.result() for s in subjects]
     costs = costs_of("baseline", results, [], any_precision=True)
     return new_report(threads, notes=notes(), results=results, costs=costs, skipped=skipped)
+
+
+def _refuse_nothing(subjects: list[Subject], skipped: list[Skipped]) -> None:
+    """Raises UserError when no runtime here takes any of the artefacts: nothing compared is nothing passed."""
+    if not subjects:
+        raise UserError(f"nothing can be run: {skipped[-1].reason if skipped else 'no candidates were named'}")
 
 
 def check_sizes(prompt: int, generate: int, rounds: int) -> None:
@@ -178,21 +176,25 @@ def measure_perplexity(
     path: Path,
     text: Path | str,
     *,
+    text_name: str = "",
     context: int = 2048,
     windows: int | None = None,
     threads: int | None = None,
     tokenizer_from: Path | None = None,
 ) -> Report:
-    """Perplexity of one artefact in its plainest runtime. Raises UserError, CheckError."""
+    """Perplexity of one artefact in its plainest runtime. Raises UserError; a runtime that fails is a failed result."""
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
     subjects = subjects_of("", Path(path), skipped, every_runtime=False)
     if not subjects:
         raise UserError(f"{path} cannot be run: {skipped[-1].reason if skipped else 'no runtime takes it'}")
-    protocol = make_protocol(text, tokenizer_of(Path(tokenizer_from or path)), context, windows)
-    with ExitStack() as stack:
-        child = subjects[0].start(stack, threads, context)
-        subjects[0].found["perplexity"] = perplexity(_nll(child, protocol, subjects[0].label))
+    protocol = make_protocol(text, load_tokenizer(Path(tokenizer_from or path)), context, windows, text_name)
+    try:
+        with ExitStack() as stack:
+            child = subjects[0].start(stack, threads, context)
+            subjects[0].found["perplexity"] = perplexity(_nll(child, protocol, subjects[0].label))
+    except CheckError as error:
+        subjects[0].reasons.append(str(error))
     return new_report(threads, protocols=[protocol.record()], results=[subjects[0].result()])
 
 

@@ -22,7 +22,7 @@ TOLERANCES = {
     "fp16": Tolerance(kl_mean=1e-4, top1=0.99, ppl_change_percent=0.1),
     "f16": Tolerance(kl_mean=1e-4, top1=0.99, ppl_change_percent=0.1),
     "bf16": Tolerance(kl_mean=1e-3, top1=0.97, ppl_change_percent=0.5),
-    "q8_0": Tolerance(kl_mean=2e-2, top1=0.9, ppl_change_percent=2.0),
+    "q8_0": Tolerance(kl_mean=1e-2, top1=0.93, ppl_change_percent=2.0),
     "int8": Tolerance(kl_mean=3e-2, top1=0.9, ppl_change_percent=3.0),
     "q6_k": Tolerance(kl_mean=3e-2, top1=0.9, ppl_change_percent=3.0),
     "q5_k": Tolerance(kl_mean=5e-2, top1=0.85, ppl_change_percent=6.0),

@@ -29,7 +29,7 @@ def plots(report: Report) -> list[tuple[str, str]]:
         ("Decode, tokens/s (median, range)", bars(report, lambda r: _speed(r, "decode"), "decode")),
         ("Peak memory, MB", memory_bars(report)),
         ("Perplexity (± standard error)", bars(report, _perplexity, "perplexity")),
-        ("Mean KL to PyTorch by window, nats", window_lines(report)),
+        ("Mean KL to the reference by window, nats", window_lines(report)),
     ]
     found += [(f"Ranks of {m.name}, % of full", heat_map(report, i)) for i, m in enumerate(report.models) if m.ranks]
     return [(title, svg) for title, svg in found if svg]

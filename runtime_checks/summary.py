@@ -15,7 +15,7 @@ COLUMNS = (
     "Prefill tok/s",
     "Decode tok/s",
     "Perplexity",
-    "KL to PyTorch",
+    "KL to reference",
     "Same top-1",
 )
 
@@ -132,7 +132,9 @@ def verdict(report: Report) -> str:
         return f"{len(failed)} of {len(report.results)} results failed"
     if not judged:
         return "Measured; nothing was compared with a reference"
-    return f"All {len(judged)} exports compute what PyTorch computes, within tolerance"
+    names = dict.fromkeys(r.parity.reference_runtime for r in judged if r.parity is not None)
+    reference = " and ".join("PyTorch" if name == "torch" else name for name in names)
+    return f"All {len(judged)} exports compute what {reference} computes, within tolerance"
 
 
 def warnings(report: Report) -> list[str]:

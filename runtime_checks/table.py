@@ -9,7 +9,7 @@ from runtime_checks.schema import Report, Result
 from runtime_checks.summary import DASH, by_runtime, cards, continuations, failures, megabytes, row, verdict, warnings
 
 COST = ("Runtime", "Model", "Size", "Peak", "Prefill tok/s", "Decode tok/s")
-QUALITY = ("Perplexity", "KL to PyTorch", "Same top-1", "Check")
+QUALITY = ("Perplexity", "KL to reference", "Same top-1", "Check")
 WIDE = 150
 
 

@@ -54,6 +54,11 @@ def architecture_of(config: Any) -> Architecture:
     return row
 
 
+def kv_heads(config: Any) -> int:
+    """Number of key/value heads."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 def head_dim(config: Any) -> int:
     """Width of one attention head, in channels."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

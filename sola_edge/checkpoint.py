@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sola_edge.architecture import COMPONENTS, Architecture, architecture_of, head_dim
-from sola_edge.config import MatrixLayout
+from sola_edge.architecture import COMPONENTS, Architecture, architecture_of, head_dim, kv_heads
+from sola_edge.config import QUANT_METHOD, MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.files import replace_folder, sha256_file
 from sola_edge.gguf_source import GGUFTensors, open_gguf
 
-QUANT_METHOD = "sola"  # as hf_quantizer registers it
 PROVENANCE = "sola.json"
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 256 * 2**20
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -42,15 +42,20 @@ class Tensors(Protocol):
 
 
 class SafetensorsFolder:
-    """The tensors of a folder's safetensors file or shards. Raises UserError on damage."""
+    """The tensors of a folder's safetensors file or shards, without those named in `ignored`. Raises UserError on damage.
 
-    def __init__(self, folder: Path) -> None:
+    Buffers that old transformers stored beside the weights are no parameters and are left out.
+    """
+
+    def __init__(self, folder: Path, ignored: tuple[str, ...] = ()) -> None:
         self._files = {}
         self._shapes = {}
         self._dtypes = {}
         for path in _shards(folder):
             with _reading(path), safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118  (not a dict)
+                    if name in ignored or name.endswith(BUFFERS):
+                        continue
                     view = shard.get_slice(name)
                     self._files[name] = path
                     self._shapes[name] = tuple(view.get_shape())
@@ -71,6 +76,7 @@ class SafetensorsFolder:
             return shard.get_tensor(name)
 
 
+BUFFERS = ("rotary_emb.inv_freq",)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -86,7 +92,7 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is no safetensors index ({error}); fetch it again") from error
     else:
@@ -157,8 +163,19 @@ class Checkpoint:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """What `sola.json` says of a compressed checkpoint, {} for a dense one."""
-        path = self.path / PROVENANCE
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return _json_object(self.path / PROVENANCE)
+
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """The content of generation_config.json, {} where there is none. Raises UserError when it is damaged."""
+        return _json_object(self.path / GENERATION)
+
+    def end_ids(self, tokenizer: Any) -> list[int]:
+        """Ids that end a text: the generation config's, else the config's, and the tokenizer's (a chat's end of turn)."""
+        found = self.generation.get("eos_token_id", self.config.eos_token_id)
+        ids = list(found) if isinstance(found, list) else [] if found is None else [found]
+        own = tokenizer.eos_token_id
+        return ids if own is None or own in ids else [own, *ids]
 
     def weight_files(self) -> list[Path]:
         """The files that hold the weights."""
@@ -166,14 +183,19 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """The model's own tokenizer. Raises UserError when it has none."""
-        if self.path.suffix == ".gguf":
-            from sola_edge.gguf_tokenizer import tokenizer_from_gguf
+        return load_tokenizer(self.path)
 
-            return tokenizer_from_gguf(self.path)
-        try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        except Exception as error:  # transformers raises whatever its back end meets
-            raise UserError(f"{self.path} has no tokenizer that transformers can load ({_line(error)})") from error
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in a checkpoint folder, an ONNX folder or a GGUF file. Raises UserError when there is none."""
+    if path.suffix == ".gguf":
+        from sola_edge.gguf_tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its back end meets
+        raise UserError(f"{path} has no tokenizer that transformers can load ({_line(error)})") from error
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -185,13 +207,18 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if path.is_dir():
         config = _folder_config(path)
         architecture = architecture_of(config)
-        tensors: Tensors = SafetensorsFolder(path)
+        # transformers ignores a stored head where the config ties it to the embedding, and so must we.
+        ignored = (f"{architecture.head}.weight",) if config.tie_word_embeddings else ()
+        tensors: Tensors = SafetensorsFolder(path, ignored)
     else:
         config = _gguf_config(path)
         architecture = architecture_of(config)
         tensors = GGUFTensors(path, architecture, config)
     checkpoint = Checkpoint(path, config, architecture, tensors, _layout(config))
-    _check_shapes(checkpoint)
+    try:
+        _check_shapes(checkpoint)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its config has a value of the wrong kind ({error}); fetch it again") from error
     return checkpoint
 
 
@@ -211,7 +238,8 @@ def _from_hub(name: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        # consolidated.safetensors is a second copy of some models' weights under other names
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except Exception as error:  # no network, no such repository, gated, …: the hub's own words say which
         message = f"{name} is no local folder and cannot be had from the hub ({_line(error)}); give a path or log in"
         raise UserError(message) from error
@@ -257,14 +285,20 @@ def _layout(config: PretrainedConfig) -> dict[str, MatrixLayout]:
         ) from error
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is no JSON object ({error}); fetch or make it again") from error
+
+
 def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def matrix_shape(config: PretrainedConfig, component: str) -> tuple[int, int]:
     """(n_out, n_in) that the config asks of a component of a dense layer."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or heads
+    hidden, heads, kv = config.hidden_size, config.num_attention_heads, kv_heads(config)
     width = head_dim(config)
     return {
         "q": (heads * width, hidden),
@@ -287,6 +321,7 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
     if not config.tie_word_embeddings:
         expected[f"{row.head}.weight"] = (config.vocab_size, config.hidden_size)
     for i in range(checkpoint.layers):
+        expected |= {f"{row.module(i, norm)}.weight": (config.hidden_size,) for norm in ("attention_norm", "ffn_norm")}
         for component in COMPONENTS:
             module = row.module(i, component)
             layout = checkpoint.layout.get(module)
@@ -298,6 +333,14 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
         if checkpoint.shape(name) != shape:
             found = checkpoint.shape(name)
             raise UserError(f"{checkpoint.path}: {name} has shape {found}, its config asks for {shape}; fetch it again")
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file. Raises UserError when it does not fit."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"cannot write {path.parent} ({error}); free space or choose another output") from error
 
 
 class CheckpointWriter:
@@ -322,7 +365,7 @@ class CheckpointWriter:
 
     def _flush(self) -> None:
         self._shards += 1
-        save_file(self._pending, self.folder / f"shard-{self._shards}", metadata={"format": "pt"})
+        save_tensors(self._pending, self.folder / f"shard-{self._shards}")
         self._weight_map |= dict.fromkeys(self._pending, self._shards)
         self._pending, self._bytes = {}, 0
 

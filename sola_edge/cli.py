@@ -56,7 +56,7 @@ def _print(rows: dict[str, Any], title: str, as_json: bool) -> None:
         return
     table = Table(title=title, show_header=False)
     for key, value in rows.items():
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(key.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
     Console().print(table)
 
 
@@ -159,7 +159,12 @@ def export_gguf(
     from exporters.gguf import export
 
     result = export(checkpoint, out, type=type, dense=dense)
-    _print({"path": str(result.path), "bytes": result.bytes}, "exported", as_json)
+    rows = {"path": str(result.path), "bytes": result.bytes, "tensors": result.type_counts}
+    if result.fallbacks:
+        rows["stored_as_f16_because_their_rows_are_no_whole_blocks"] = list(result.fallbacks)
+    if dense:
+        rows["note"] = "the factors are multiplied out: this file runs on any llama.cpp and saves nothing"
+    _print(rows, "exported", as_json)
 
 
 @llama_app.command("build")
@@ -267,21 +272,21 @@ def check_bench(
 def report_command(
     results: Annotated[list[Path], typer.Argument(help="report.json files of earlier checks.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    as_json: Json = False,
 ) -> None:
     """Make one self-contained page of earlier results.
 
     Example: sola-edge report parity.json bench.json -o report.html
     """
-    from runtime_checks import load_report, print_table, write_html
+    from runtime_checks import load_report, write_html
 
     report = load_report(results)
     write_html(report, output)
-    print_table(report)
-    print(f"report: {output}")
+    _finish(report, None, as_json, output)
 
 
-def _finish(report: Any, output: Path | None, as_json: bool) -> None:
-    """Write, print, and exit with 1 when a check failed."""
+def _finish(report: Any, output: Path | None, as_json: bool, page: Path | None = None) -> None:
+    """Write, print (ending with the page's path, if there is one), and exit with 1 when a check failed."""
     from runtime_checks import print_table, write_json
 
     if output is not None:
@@ -290,6 +295,8 @@ def _finish(report: Any, output: Path | None, as_json: bool) -> None:
         print(report.model_dump_json())
     else:
         print_table(report)
+        if page is not None:
+            print(f"report: {page}")
     if not report.passed:
         raise typer.Exit(1)
 
@@ -298,6 +305,7 @@ def _finish(report: Any, output: Path | None, as_json: bool) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("build/demo"),
     rate: Annotated[float, typer.Option(help="Compression rate.")] = 0.2,
+    as_json: Json = False,
 ) -> None:
     """Compress SmolLM2-135M, export it, run it in every runtime, and write the report.
 
@@ -305,8 +313,8 @@ def demo(
     """
     from sola_edge.demo import run_demo
 
-    if not run_demo(out, rate):
-        raise typer.Exit(1)
+    report, page = run_demo(out, rate)
+    _finish(report, None, as_json, page)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,20 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import sola_edge
 from sola_edge.allocation import MatrixSpectrum
 from sola_edge.architecture import FFN
 from sola_edge.calibration import INPUT_OF, LayerStatistics, LayerStream, token_windows
 from sola_edge.checkpoint import (
+    GENERATION,
     PROVENANCE,
     Checkpoint,
     CheckpointWriter,
     hash_weights,
     open_checkpoint,
+    save_tensors,
     storage_config,
 )
 from sola_edge.config import CompressionSettings, Split, alignment_for
@@ -55,20 +57,23 @@ def compress(source: str | Path, target: Path, settings: CompressionSettings, ca
     Raises UserError for anything a user can put right; nothing is written then.
     """
     method = method_named(settings.method)
-    check_folder_target(target, "config.json")
+    check_folder_target(target, PROVENANCE)
     checkpoint = open_checkpoint(source)
+    if checkpoint.path.resolve() == target.resolve():
+        raise UserError(f"{target} is the model itself; give the name of another folder to write")
     _refuse(checkpoint, method, settings)
     text = load_text(calibration)
     windows = token_windows(text, checkpoint.tokenizer(), settings.window, settings.max_windows)
     with replace_folder(target) as partial:
         bases = partial / "bases"
         bases.mkdir()
-        spectra = _analyse(checkpoint, windows, settings, method, bases)
+        spectra, prime_shares = _analyse(checkpoint, windows, settings, method, bases)
         plan = make_plan(spectra, settings, checkpoint.parameters())
         _write(checkpoint, plan, bases, partial)
         shutil.rmtree(bases)
         described = _describe_calibration(text, windows)
-        _write_provenance(partial, checkpoint, plan, settings, described)
+        record = {"settings": settings.as_dict(), "calibration": described, "prime_share_of_norm": prime_shares}
+        _write_provenance(partial, checkpoint, plan, record)
     return Compressed(target, plan, described)
 
 
@@ -81,22 +86,30 @@ def _refuse(checkpoint: Checkpoint, method: Method, settings: CompressionSetting
         raise UserError(
             f"{method.name} leaves the first and last two layers dense, and this model has {checkpoint.layers}"
         )
-    if not str(settings.device).startswith("cpu") and not torch.cuda.is_available():
-        raise UserError(f"device {settings.device} is not available here; use cpu")
+    prime_count(checkpoint.config.intermediate_size, checkpoint.config.hidden_size, settings)
+    if settings.device != "cpu" and not (settings.device == "cuda" and torch.cuda.is_available()):
+        raise UserError(f"device {settings.device!r} is not available here; use cpu")
 
 
 def _analyse(
     checkpoint: Checkpoint, windows: torch.Tensor, settings: CompressionSettings, method: Method, bases: Path
-) -> list[MatrixSpectrum]:
-    """First pass. Leaves `<layer>.safetensors` in `bases`: a neuron order and each matrix's basis vectors."""
+) -> tuple[list[MatrixSpectrum], dict[int, float]]:
+    """First pass: the spectra of all matrices, and by layer the share of Σ|h| that its prime neurons carry.
+
+    Leaves `<layer>.safetensors` in `bases`: a neuron order and each matrix's basis vectors.
+    """
     stream = LayerStream(checkpoint, windows, settings.device)
     chosen = method.layers(checkpoint.layers)
-    spectra = []
+    spectra: list[MatrixSpectrum] = []
+    prime_shares = {}
     for layer in track(range(chosen.stop), f"calibrating on {windows.numel():,} tokens, layer by layer"):
         statistics = stream.advance(layer)
         if layer in chosen:
-            spectra += _analyse_layer(checkpoint, layer, statistics, settings, method, bases)
-    return spectra
+            found, prime = _analyse_layer(checkpoint, layer, statistics, settings, method, bases)
+            spectra += found
+            norms = statistics.norms.sort(descending=True).values
+            prime_shares[layer] = float(norms[:prime].sum() / norms.sum())
+    return spectra, prime_shares
 
 
 def _analyse_layer(
@@ -106,7 +119,8 @@ def _analyse_layer(
     settings: CompressionSettings,
     method: Method,
     bases: Path,
-) -> list[MatrixSpectrum]:
+) -> tuple[list[MatrixSpectrum], int]:
+    """The spectra of one layer's matrices and its prime count."""
     row, config = checkpoint.architecture, checkpoint.config
     prime = prime_count(config.intermediate_size, config.hidden_size, settings)
     order = neuron_order(statistics.norms, prime)
@@ -125,8 +139,8 @@ def _analyse_layer(
         energy = retained_energy(basis.energy).numpy()
         n_out, n_in = weight.shape
         spectra.append(MatrixSpectrum(module, component, n_out, n_in, shape.prime, shape.split, align, energy))
-    save_file({name: tensor.contiguous() for name, tensor in kept.items()}, bases / f"{layer}.safetensors")
-    return spectra
+    save_tensors({name: tensor.contiguous() for name, tensor in kept.items()}, bases / f"{layer}.safetensors")
+    return spectra, prime
 
 
 @dataclass(frozen=True)
@@ -164,9 +178,8 @@ def _write(checkpoint: Checkpoint, plan: Plan, bases: Path, folder: Path) -> Non
         for name, tensor in _layer_tensors(checkpoint, layer, plan, bases):
             writer.add(name, tensor)
     writer.finish(storage_config(checkpoint), checkpoint.tokenizer(), plan.layouts)
-    generation = checkpoint.path / "generation_config.json"
-    if generation.is_file():
-        shutil.copy(generation, folder)
+    if checkpoint.generation:
+        shutil.copy(checkpoint.path / GENERATION, folder)
 
 
 def _layer_tensors(checkpoint: Checkpoint, layer: int, plan: Plan, bases: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -198,12 +211,16 @@ def _layer_tensors(checkpoint: Checkpoint, layer: int, plan: Plan, bases: Path) 
 
 def _describe_calibration(text: Text, windows: torch.Tensor) -> dict[str, Any]:
     count, window = windows.shape
-    return {"text": text.name, "sha256": text.sha256, "windows": count, "window": window, "tokens": windows.numel()}
+    return {
+        "text": text.name,
+        "sha256": text.sha256,
+        "windows": count,
+        "window": window,
+        "tokens": windows.numel(),
+    }
 
 
-def _write_provenance(
-    folder: Path, source: Checkpoint, plan: Plan, settings: CompressionSettings, calibration: dict[str, Any]
-) -> None:
+def _write_provenance(folder: Path, source: Checkpoint, plan: Plan, record: dict[str, Any]) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     content = {
         "format": 1,
@@ -215,10 +232,9 @@ def _write_provenance(
             "safetensors": safetensors.__version__,
         },
         "source": {"name": source.path.name, "weights_sha256": hash_weights(source.weight_files())},
-        "method": settings.method,
+        "method": record["settings"]["method"],
         "rate": plan.rate,
-        "settings": settings.as_dict(),
-        "calibration": calibration,
+        **record,
         "plan": asdict(plan),
         "weights_sha256": hash_weights(weights),
     }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from sola_edge.errors import UserError
 
+QUANT_METHOD = "sola"  # the name of compressed checkpoints in transformers' tables
 Split = Literal["out", "in"]
 ALIGNMENTS = (256, 32, 8)
 RATE_TOLERANCE = 0.005  # of the asked rate: 0.2 means 0.199 to 0.201
@@ -69,7 +70,6 @@ class CompressionSettings:
     window: int = 2048
     max_windows: int | None = 64
     device: str = "cpu"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:

@@ -5,8 +5,7 @@ Like the command line it stands above the three packages: compressor → exporte
 
 from collections.abc import Callable
 from pathlib import Path
-
-from rich.console import Console
+from typing import Any
 
 from sola_edge.checkpoint import copy_checkpoint, open_checkpoint
 from sola_edge.compress import compress
@@ -19,11 +18,11 @@ from sola_edge.texts import DEFAULT_CALIBRATION, DEFAULT_SCORING, load_text
 GGUF_TYPES = ("f16", "q8_0")
 CALIBRATION_WINDOW, CALIBRATION_WINDOWS = 512, 32
 SCORING_CONTEXT, SCORING_WINDOWS = 512, 8
-MARKER = "dense/checkpoint"  # tells the folder of an earlier demo, finished or not, from anybody's data
+MARKER = "dense"  # tells the folder of an earlier demo, finished or not, from anybody's data
 
 
-def run_demo(out: Path, rate: float) -> bool:
-    """Write dense/, compressed/, report.html and report.json into `out`; whether every check passed.
+def run_demo(out: Path, rate: float) -> tuple[Any, Path]:
+    """Write dense/, compressed/, report.html and report.json into `out`; returns the report and its page.
 
     Raises UserError for a bad rate, an output that is not writable, or no network on the first run.
     """
@@ -64,8 +63,8 @@ def _export(checkpoint: Path) -> list[Path]:
     return [checkpoint, *(path for path, _ in steps)]
 
 
-def _measure(models: dict[str, list[Path]], out: Path, skipped: list[tuple[str, str]]) -> bool:
-    from runtime_checks import measure_models, print_table, write_report
+def _measure(models: dict[str, list[Path]], out: Path, skipped: list[tuple[str, str]]) -> tuple[Any, Path]:
+    from runtime_checks import measure_models, write_report
 
     if skipped:
         models = {name: [path for path in paths if path.suffix != ".gguf"] for name, paths in models.items()}
@@ -80,6 +79,4 @@ def _measure(models: dict[str, list[Path]], out: Path, skipped: list[tuple[str, 
         scratch=out,
     )
     _, page = write_report(report, out)
-    print_table(report)
-    Console().print(f"report: {page}", soft_wrap=True)
-    return report.passed
+    return report, page

@@ -20,9 +20,16 @@ def _temporary_beside(target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the folder {target.parent}: {error.strerror}; choose another output") from error
-    if not os.access(target.parent, os.W_OK):
-        raise UserError(f"cannot write to the folder {target.parent}: permission denied; choose another output")
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _check_place(target: Path) -> None:
+    """The nearest folder above the target that exists can be written to. Creates nothing."""
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"cannot create the folder {target.parent}: {above} is a file; choose another output")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"cannot write to the folder {above}: permission denied; choose another output")
 
 
 @contextlib.contextmanager
@@ -44,7 +51,7 @@ def check_file_target(target: Path) -> None:
     """Refuse a target that cannot become a file, before any minute of computing. Raises UserError."""
     if target.is_dir():
         raise UserError(f"{target} is a folder; give the name of the file to write")
-    _temporary_beside(target)
+    _check_place(target)
 
 
 def check_folder_target(target: Path, marker: str) -> None:
@@ -55,15 +62,18 @@ def check_folder_target(target: Path, marker: str) -> None:
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give the name of a folder to write")
+    if target.resolve() in (Path.cwd(), Path(target.absolute().anchor)):
+        raise UserError(f"{target} is the folder you are in; give the name of a folder of its own")
     if target.is_dir() and any(target.iterdir()) and not (target / marker).exists():
         raise UserError(f"{target} is not empty and is no earlier output (no {marker} in it); choose another folder")
-    _temporary_beside(target)
+    _check_place(target)
 
 
 @contextlib.contextmanager
 def replace_file(target: Path) -> Iterator[Path]:
     """Yield a path to write; on success it becomes `target`, on any exception it is deleted. Raises UserError."""
     check_file_target(target)
+    target = target.absolute()
     partial = _temporary_beside(target)
     with _placing(target):
         partial.touch()
@@ -80,6 +90,7 @@ def replace_folder(target: Path) -> Iterator[Path]:
 
     Raises UserError if the place is not writable.
     """
+    target = target.absolute()
     partial = _temporary_beside(target)
     old = partial.with_suffix(".old")
     with _placing(target):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gguf.quants import dequantize
 
-from sola_edge.architecture import COMPONENTS, Architecture
+from sola_edge.architecture import COMPONENTS, Architecture, kv_heads
 from sola_edge.errors import UserError
 
 INTERLEAVED_ROPE = {"llama"}  # GGUF architectures whose q and k rows are permuted
@@ -52,6 +52,11 @@ class GGUFTensors:
             raise UserError(
                 f"{path} has scaled RoPE frequencies, which a GGUF source cannot carry over; give the folder"
             )
+        scaling = field(self._reader, f"{self._gguf_architecture}.rope.scaling.type", "none")
+        if scaling != "none":
+            raise UserError(
+                f"{path} has {scaling} RoPE scaling, which a GGUF source cannot carry over; give the folder"
+            )
         names = _hf_names(self._gguf_architecture, architecture, config.num_hidden_layers)
         self._tensors = {names[n]: t for n, t in stored.items() if n in names}
         unknown = sorted(set(stored) - set(names))
@@ -76,7 +81,7 @@ class GGUFTensors:
         if module.endswith(self._permuted):
             heads = self._config.num_attention_heads
             if module.endswith(self._permuted[1]):
-                heads = self._config.num_key_value_heads
+                heads = kv_heads(self._config)
             values = _unpermute(values, heads)
         return torch.from_numpy(values)
 

@@ -6,7 +6,6 @@ nor `add_bos_token`. For byte-level BPE vocabularies (`tokenizer.ggml.model` = g
 """
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -15,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from sola_edge.errors import UserError
 from sola_edge.gguf_source import field, open_gguf
 
-NORMAL, CONTROL = int(gguf.TokenType.NORMAL), int(gguf.TokenType.CONTROL)
+CONTROL, USER_DEFINED = int(gguf.TokenType.CONTROL), int(gguf.TokenType.USER_DEFINED)
+IGNORE_MERGES = {"llama-bpe"}  # a word that is in the vocabulary is one token, whatever the merges say
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,7 +36,6 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 PRE_TOKENIZERS = {
-    "default": _byte_level,
     "gpt-2": _byte_level,
     "smollm": _digits,
     "llama-bpe": lambda: _split(_LLAMA3),
@@ -46,18 +45,21 @@ PRE_TOKENIZERS = {
 def tokenizer_from_gguf(path: Path) -> PreTrainedTokenizerFast:
     """The file's tokenizer. Raises UserError for a kind that has no row."""
     reader = open_gguf(path)
-    kind, pre = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "default")
+    kind, pre = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "none")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise UserError(
             f"{path} has a {kind!r} tokenizer with pre-tokenizer {pre!r}, which a GGUF source cannot carry over "
             f"(known: gpt2 with {known}); give the model's folder instead"
         )
-    tokens = field(reader, "tokenizer.ggml.tokens")
-    backend = _byte_level_bpe(tokens, field(reader, "tokenizer.ggml.merges"), PRE_TOKENIZERS[pre]())
-    types = field(reader, "tokenizer.ggml.token_type", [NORMAL] * len(tokens))
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    tokens, merges = (field(reader, f"tokenizer.ggml.{key}", []) for key in ("tokens", "merges"))
+    types = field(reader, "tokenizer.ggml.token_type", [])
+    if not tokens or not merges or len(types) != len(tokens):
+        raise UserError(f"{path} has an incomplete vocabulary; give the model's folder instead")
+    backend = _byte_level_bpe(tokens, merges, pre)
+    added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in added if kind == CONTROL])
+    backend.add_tokens([AddedToken(t, normalized=False) for t, kind in added if kind == USER_DEFINED])
     special = _special_tokens(reader, tokens)
     if field(reader, "tokenizer.ggml.add_bos_token", False):
         bos = special["bos_token"]
@@ -77,11 +79,11 @@ def tokenizer_from_gguf(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _byte_level_bpe(tokens: list[str], merges: list[str], pre: Any) -> Tokenizer:
+def _byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    backend.pre_tokenizer = pre
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre in IGNORE_MERGES))
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return backend

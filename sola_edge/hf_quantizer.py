@@ -10,17 +10,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sola_edge.config import MatrixLayout
+from sola_edge.config import QUANT_METHOD, MatrixLayout
 from sola_edge.layers import replace_linears
-
-METHOD = "sola"
 
 
 class SolaConfig(QuantizationConfigMixin):
     """The layout of every factored matrix: `matrices` maps a module name to MatrixLayout's fields."""
 
     def __init__(self, matrices: dict[str, dict[str, Any]] | None = None, **_: Any) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.matrices = matrices or {}
 
 
@@ -49,6 +47,6 @@ def register() -> None:
     """Add the method to transformers' tables, once."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(SolaConfig)
-        register_quantizer(METHOD)(SolaQuantizer)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SolaConfig)
+        register_quantizer(QUANT_METHOD)(SolaQuantizer)

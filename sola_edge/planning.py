@@ -30,8 +30,13 @@ class Plan:
 
 
 def prime_count(ffn: int, hidden: int, settings: CompressionSettings) -> int:
-    """How many of a layer's FFN neurons are prime: the asked share, rounded to the alignment, at least one multiple of it."""
+    """How many of a layer's FFN neurons are prime: the asked share, rounded to the alignment, at least one multiple of it.
+
+    Raises UserError when that leaves no marginal neuron.
+    """
     align = alignment_for(min(ffn, hidden), settings.align)
+    if align >= ffn:
+        raise UserError(f"align {align} is out of range: this model's FFN has {ffn} neurons; give 8 or 32")
     return min(max(round(settings.prime_share * ffn / align), 1) * align, ffn - align)
 
 

@@ -71,9 +71,11 @@ def _read(path: Path) -> list[str]:
 
 
 def _json_rows(content: str) -> list[str]:
-    rows = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+    rows = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
     if not all(isinstance(row, str) for row in rows):
         raise ValueError("a row's text is no string")
+    for row in rows:
+        row.encode()  # a lone surrogate is valid JSON and no text
     return rows
 
 

@@ -76,6 +76,20 @@ def test_half_precision_stays_half(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_what_transformers_ignores_is_ignored(tmp_path: Path) -> None:
+    """A stored head that the config ties to the embedding, and RoPE buffers that old checkpoints carry."""
+    folder = tiny_checkpoint(tmp_path / "model", tied=True)
+    plain = open_checkpoint(folder)
+    weights = load_file(folder / "model.safetensors")
+    extra = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    again = open_checkpoint(folder)
+    assert again.tied
+    assert again.parameters() == plain.parameters()
+    assert sorted(again.names()) == sorted(plain.names())
+
+
 def test_unpermute_is_llama_cpps_permutation_undone() -> None:
     """Two heads of four rows: llama.cpp stores row pairs (0, 2, 1, 3) of each head."""
     rows = np.arange(8).reshape(8, 1)
@@ -108,6 +122,11 @@ def damaged_folder(folder: Path, damage: str) -> Path:
         config.write_text(
             json.dumps(content | {"quantization_config": {"quant_method": "sola", "matrices": {"x": {}}}})
         )
+    elif damage == "missing norm":
+        kept = {n: t for n, t in load_file(weights).items() if n != "model.layers.1.input_layernorm.weight"}
+        save_file(kept, weights, metadata={"format": "pt"})
+    elif damage == "value":
+        config.write_text(json.dumps(content | {"num_hidden_layers": "x"}))
     elif damage == "index":
         (folder / INDEX).write_text("[]")
     return folder
@@ -125,6 +144,8 @@ def damaged_folder(folder: Path, damage: str) -> Path:
         ("missing tensor", "lacks the tensor model.layers.5"),
         ("quantized", "gptq-quantized"),
         ("layout", "no sola layout"),
+        ("missing norm", "lacks the tensor model.layers.1.input_layernorm"),
+        ("value", "config"),
         ("index", "no safetensors index"),
     ],
 )

@@ -336,7 +336,7 @@ def test_parity_refuses_bad_input(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         check_parity(tiny, [tmp_path / "missing"], TEXT, context=32, windows=1)
     with pytest.raises(UserError, match="too short"):
-        check_parity(tiny, [], "short", context=32, windows=1)
+        check_parity(tiny, [tiny], "short", context=32, windows=1)
     with pytest.raises(UserError, match="rounds 0"):
         bench([tiny], rounds=0)
     with pytest.raises(UserError, match="checkpoint folder"):

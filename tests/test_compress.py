@@ -108,6 +108,7 @@ def test_provenance(tmp_path: Path, text: str) -> None:
     assert content["source"]["weights_sha256"] == {"model.safetensors": sha256_file(source / "model.safetensors")}
     assert content["calibration"]["sha256"] == load_text(text).sha256
     assert content["calibration"]["tokens"] == 16 * 64
+    assert all(0 < share < 1 for share in content["prime_share_of_norm"].values())
     assert not [path for path in made.path.parent.iterdir() if "partial" in path.name]
 
 
@@ -177,7 +178,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         (["{model}", "out", "--rate", 0.2, "--calibration", "nowhere.txt"], "cannot read"),
         (["{model}", "{model}/config.json/out", "--rate", 0.2], "cannot create the folder"),
         (["{model}", "/proc/out", "--rate", 0.2], "cannot write"),
-        (["{model}", ".", "--rate", 0.2], "no earlier output"),
+        (["{model}", ".", "--rate", 0.2], "the folder you are in"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(

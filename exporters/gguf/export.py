@@ -20,6 +20,7 @@ from exporters.gguf.tensors import Tensor, tensors
 from exporters.gguf.types import encode, type_row
 from exporters.result import ExportResult
 from sola_edge.checkpoint import open_checkpoint
+from sola_edge.errors import UserError
 from sola_edge.files import check_file_target, replace_file
 from sola_edge.progress import track
 
@@ -45,6 +46,8 @@ def export(checkpoint_path: str | Path, out_file: str | Path, type: str = "f16",
     row, out = type_row(type), Path(out_file)
     check_file_target(out)
     checkpoint = open_checkpoint(checkpoint_path)
+    if out.resolve() == checkpoint.path.resolve():
+        raise UserError(f"{out} is the model itself; give another name for the file to write")
     metadata = converter_metadata(checkpoint)
     architecture = metadata["general.architecture"].value
     plan = list(tensors(checkpoint, Names(checkpoint, architecture), row, dense))

@@ -7,6 +7,7 @@ Names come from gguf's own table. A factored matrix `blk.N.ffn_gate` becomes `bl
 import gguf
 import numpy as np
 
+from sola_edge.architecture import kv_heads
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
 
@@ -24,12 +25,11 @@ class Names:
         layers = checkpoint.config.num_hidden_layers
         self._table = gguf.get_tensor_name_map(by_name[gguf_architecture], layers)
         config, row = checkpoint.config, checkpoint.architecture
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._heads: dict[str, int] = {}
         if gguf_architecture in INTERLEAVED_ROPE:
             for i in range(layers):
                 self._heads[row.module(i, "q")] = config.num_attention_heads
-                self._heads[row.module(i, "k")] = kv_heads
+                self._heads[row.module(i, "k")] = kv_heads(config)
 
     def base(self, module: str) -> str:
         """`model.layers.0.mlp.gate_proj` → `blk.0.ffn_gate`. Raises UserError if GGUF has no name for the module."""

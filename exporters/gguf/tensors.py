@@ -102,7 +102,7 @@ def _rope_frequencies(checkpoint: Checkpoint) -> Iterator[Tensor]:
     config = checkpoint.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "longrope":
+    if kind in ("longrope", "dynamic"):
         raise UserError(f"{checkpoint.path} has RoPE scaling {kind!r}, which the GGUF export does not support")
     if kind != "llama3":
         return

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from exporters.onnx.graph import MICROSOFT, GraphBuilder, hidden, width
 from exporters.onnx.linear import Linears, Pieces
 from exporters.onnx.rope import rotary_tables
-from sola_edge.architecture import head_dim
+from sola_edge.architecture import head_dim, kv_heads
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
 
@@ -40,7 +40,7 @@ class Decoder:
         self.graph = graph
         self.linear = Linears(graph, checkpoint)
         self.heads = self.config.num_attention_heads
-        self.kv_heads = getattr(self.config, "num_key_value_heads", None) or self.heads
+        self.kv_heads = kv_heads(self.config)
         self.head_dim = head_dim(self.config)
         if self.head_dim % HEAD_MULTIPLE:
             raise UserError(

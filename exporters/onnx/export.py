@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx.decoder import Decoder
-from exporters.onnx.genai_config import CONFIG, write_companions
+from exporters.onnx.genai_config import write_companions
 from exporters.onnx.graph import GraphBuilder, Precision
 from exporters.result import ExportResult
 from sola_edge import __version__
@@ -25,6 +25,7 @@ from sola_edge.files import check_folder_target, replace_folder, size_of
 from sola_edge.progress import track
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+MARKER = "sola-edge.json"  # provenance; tells an earlier export of ours from anybody's model
 PRECISIONS = {row.name: row for row in (Precision("fp32", ir.DataType.FLOAT, torch.float32),)}
 GRAPHS: dict[str, Callable[[Checkpoint, GraphBuilder], Any]] = {"genai": lambda c, g: Decoder(c, g).build()}
 
@@ -39,7 +40,7 @@ def export(
     """
     build, row = _choose("graph", graph, GRAPHS), _choose("precision", precision, PRECISIONS)
     folder = Path(out_dir)
-    check_folder_target(folder, CONFIG)
+    check_folder_target(folder, MARKER)
     checkpoint = open_checkpoint(checkpoint_path)
     provenance = _provenance(checkpoint)
     builder = GraphBuilder(row)
@@ -49,6 +50,7 @@ def export(
     }
     model = builder.model(checkpoint.config.model_type, "sola-edge", __version__, metadata)
     with replace_folder(folder) as partial:
+        (partial / MARKER).write_text(json.dumps(provenance, indent=2) + "\n")
         write_companions(checkpoint, partial, MODEL, provenance)
         _save(model, partial)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
