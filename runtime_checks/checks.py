@@ -218,6 +218,6 @@ def notes() -> list[str]:
         "and some decoding, not the parity run.",
         "Speed is the median over rounds [minimum to maximum]; within a round the models take turns.",
         "llama.cpp runs as by default (F16 KV cache, flash attention where it chooses), an F32 file without either's rounding.",
-        "Child processes run with OMP_WAIT_POLICY=PASSIVE; llama-bench does only where other programs keep the cores busy.",
+        "Where other programs keep the cores busy, processes run with OMP_WAIT_POLICY=PASSIVE (and a warning is given).",
         f"Prefill computes, {prefill}.",
     ]

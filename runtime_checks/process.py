@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from runtime_checks.machine import others_busy, waiting_policy
 from runtime_checks.runtimes import RuntimeRow
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,12 +99,7 @@ class Child:
         self.close()
 
 
-# OpenMP threads that wait sleep instead of spinning. On a machine that does other work too, spinning makes llama.cpp
-# twenty times slower (256 + 8 tokens of SmolLM2: 24 s against 1.3 s) and PyTorch three times.
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
-
-
 def _environment(row: RuntimeRow, threads: int) -> dict[str, str]:
     quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
     pools = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    return {**os.environ, **quiet, **pools, **PASSIVE, **row.environment()}
+    return {**os.environ, **quiet, **pools, **waiting_policy(others_busy()), **row.environment()}

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import psutil
 
-from runtime_checks.process import PASSIVE, CheckError, Child
-from runtime_checks.schema import BUSY, Speed, Throughput
+from runtime_checks.machine import others_busy, waiting_policy
+from runtime_checks.process import CheckError, Child
+from runtime_checks.schema import Speed, Throughput
 from sola_edge.progress import track
 
 Key = TypeVar("Key")
-Once = Callable[[bool], tuple[float, float]]  # is the machine busy? → seconds of the prefill and of the decode
+Once = Callable[
+    [float], tuple[float, float]
+]  # share of the cores in others' use → seconds of the prefill and of the decode
 SEED = 0
-BUSY_SECONDS = 0.5
 
 
 def random_prompt(tokens: int, vocab: int) -> list[int]:
@@ -35,7 +36,7 @@ def random_prompt(tokens: int, vocab: int) -> list[int]:
 def child_once(child: Child, prompt: list[int], generate: int) -> Once:
     """One round of a runtime that is measured in its child process."""
 
-    def once(busy: bool) -> tuple[float, float]:
+    def once(busy: float) -> tuple[float, float]:
         seconds = child.ask("time", prompt=prompt, generate=generate)
         return seconds["prefill"], seconds["decode"]
 
@@ -45,7 +46,7 @@ def child_once(child: Child, prompt: list[int], generate: int) -> Once:
 def llama_bench_once(path: Path, prompt: int, generate: int, threads: int) -> Once:
     """One round of llama-bench (its own warm-up included, one repetition). It raises CheckError when llama-bench fails."""
 
-    def once(busy: bool) -> tuple[float, float]:
+    def once(busy: float) -> tuple[float, float]:
         from exporters import llama_cpp
 
         build = llama_cpp.find()
@@ -53,7 +54,7 @@ def llama_bench_once(path: Path, prompt: int, generate: int, threads: int) -> On
             raise CheckError("llama-bench: no llama.cpp build")
         sizes = ["-p", str(prompt), "-n", str(generate), "-r", "1", "-t", str(threads), "-ngl", "0"]
         command = [str(build.tool("llama-bench")), "-m", str(path), *sizes, "-o", "json"]
-        environment = {**os.environ, **(PASSIVE if busy else {})}
+        environment = {**os.environ, **waiting_policy(busy)}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"code {done.returncode}"]
@@ -71,13 +72,13 @@ def interleave(
     prefill: dict[Key, list[float]] = {key: [] for key in members}
     decode: dict[Key, list[float]] = {key: [] for key in members}
     failed: dict[Key, str] = {}
-    busy = psutil.cpu_percent(interval=BUSY_SECONDS) / 100
+    busy = others_busy()
     turns = [key for _ in range(rounds) for key in members]
     for key in track(turns, description):
         if key in failed:
             continue
         try:
-            seconds_prefill, seconds_decode = members[key](busy > BUSY)
+            seconds_prefill, seconds_decode = members[key](busy)
         except CheckError as error:
             failed[key] = str(error)
             continue

@@ -10,10 +10,11 @@ while that brings the parameter count nearer to the budget.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 
-from sola_edge.config import MatrixLayout, Split
+from sola_edge.config import RATE_TOLERANCE, MatrixLayout, Split
 
 START, FLOOR, FLOOR_RELAXATION = 0.999, 0.90, 0.05
 CLAMP, CLAMP_RELAXATION = 0.001, 0.0002
@@ -128,10 +129,21 @@ def _collapse(spectra: Sequence[MatrixSpectrum], ranks: list[int]) -> list[int]:
 def _settle(
     spectra: Sequence[MatrixSpectrum], ranks: list[int], budget: int, groups: Sequence[Sequence[int]]
 ) -> list[int]:
-    """Move groups by one grid step each, always the move that comes nearest to the budget, while one comes nearer."""
+    """Move groups by one grid step each, always the move that comes nearest to the budget, while one comes nearer.
+
+    Where no single matrix's move does and the budget is missed by more than half the tolerance, two move at once.
+    """
     removed = sum(s.removed(rank) for s, rank in zip(spectra, ranks, strict=True))
+    tolerance = RATE_TOLERANCE / 2 * budget
     while True:
         moves = list(_moves(spectra, ranks, groups))
+        single = len(groups) == len(spectra)
+        if (
+            single
+            and moves
+            and min(abs(removed + move.gain - budget) for move in moves) >= abs(removed - budget) > tolerance
+        ):
+            moves = list(_pairs(moves))
         best = min(moves, key=lambda move: abs(removed + move.gain - budget), default=None)
         if best is None or abs(removed + best.gain - budget) >= abs(removed - budget):
             return ranks
@@ -154,6 +166,17 @@ def _moves(spectra: Sequence[MatrixSpectrum], ranks: list[int], groups: Sequence
             gain = sum(spectra[n].removed(rank) - spectra[n].removed(ranks[n]) for n, rank in moved.items())
             if gain:
                 yield _Move(moved, gain)
+
+
+def _pairs(moves: Sequence[_Move]) -> Iterator[_Move]:
+    """Two moves of different matrices at once, two representatives for each gain: finer than any single move."""
+    by_gain: dict[int, list[_Move]] = defaultdict(list)
+    for move in moves:
+        if len(by_gain[move.gain]) < 2:
+            by_gain[move.gain].append(move)
+    for one, other in combinations([move for group in by_gain.values() for move in group], 2):
+        if not one.ranks.keys() & other.ranks.keys():
+            yield _Move(one.ranks | other.ranks, one.gain + other.gain)
 
 
 def _neighbour(spectrum: MatrixSpectrum, rank: int, direction: int) -> int:

@@ -59,6 +59,17 @@ def kv_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
+def rope_settings(config: Any) -> dict[str, Any]:
+    """The rotary embedding's settings; transformers 5 says `rope_parameters` for 4's `rope_scaling`. {} for none."""
+    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+
+
+def rope_type(config: Any) -> str:
+    """Kind of rotary scaling, `default` where nothing is scaled."""
+    settings = rope_settings(config)
+    return settings.get("rope_type") or settings.get("type") or "default"
+
+
 def head_dim(config: Any) -> int:
     """Width of one attention head, in channels."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

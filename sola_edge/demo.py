@@ -16,8 +16,8 @@ from sola_edge.smollm2 import smollm2_gguf
 from sola_edge.texts import DEFAULT_CALIBRATION, DEFAULT_SCORING, load_text
 
 GGUF_TYPES = ("f16", "q8_0")
-CALIBRATION_WINDOW, CALIBRATION_WINDOWS = 512, 32
-SCORING_CONTEXT, SCORING_WINDOWS = 512, 8
+CALIBRATION_WINDOW, CALIBRATION_WINDOWS = 512, 24
+SCORING_CONTEXT, SCORING_WINDOWS = 512, 6
 MARKER = "dense"  # tells the folder of an earlier demo, finished or not, from anybody's data
 
 

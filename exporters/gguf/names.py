@@ -10,9 +10,9 @@ import numpy as np
 from sola_edge.architecture import kv_heads
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
+from sola_edge.gguf_source import INTERLEAVED_ROPE
 
 FACTOR_SUFFIXES = {"prime": "prime.weight", "A": "lr_a.weight", "B": "lr_b.weight"}
-INTERLEAVED_ROPE = {"llama"}  # GGUF architectures that store the rows of q and k in interleaved pairs
 
 
 class Names:

@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType
 
 from exporters.gguf.names import FACTOR_SUFFIXES, Names, interleave
 from exporters.gguf.types import FALLBACK, TypeRow, fits, stored_bytes
+from sola_edge.architecture import rope_settings, rope_type
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
@@ -100,8 +101,7 @@ def recompose(checkpoint: Checkpoint, module: str, layout: MatrixLayout) -> torc
 def _rope_frequencies(checkpoint: Checkpoint) -> Iterator[Tensor]:
     """Divisors of the RoPE frequencies, (head_dim / 2,), for the scaling that GGUF holds as a tensor: llama3's."""
     config = checkpoint.config
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope_type(config)
     if kind in ("longrope", "dynamic"):
         raise UserError(f"{checkpoint.path} has RoPE scaling {kind!r}, which the GGUF export does not support")
     if kind != "llama3":
@@ -109,7 +109,7 @@ def _rope_frequencies(checkpoint: Checkpoint) -> Iterator[Tensor]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    theta = rope.get("rope_theta") or config.rope_theta
+    theta = rope_settings(config).get("rope_theta") or config.rope_theta
     size = scaled.shape[0]
     plain = 1.0 / theta ** (torch.arange(size, dtype=torch.float32) / size)
     divisors = plain / scaled

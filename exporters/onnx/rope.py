@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from sola_edge.architecture import rope_type
 from sola_edge.errors import UserError
 
 FIXED_TYPES = ("default", "linear", "llama3", "yarn")
@@ -39,7 +40,7 @@ class RotaryTables:
 
 def rotary_tables(config: Any) -> RotaryTables:
     """Tables for every position of the model's context. Raises UserError for a rotary type without fixed ones."""
-    kind = rotary_type(config)
+    kind = rope_type(config)
     if kind not in FIXED_TYPES:
         known = ", ".join(FIXED_TYPES)
         raise UserError(
@@ -48,9 +49,3 @@ def rotary_tables(config: Any) -> RotaryTables:
     rotary = LlamaRotaryEmbedding(config)
     frequencies = rotary.inv_freq.detach().to("cpu", torch.float32)
     return RotaryTables(config.max_position_embeddings, frequencies, float(rotary.attention_scaling))
-
-
-def rotary_type(config: Any) -> str:
-    """`default` where the config scales nothing; transformers 5 says `rope_parameters` for 4's `rope_scaling`."""
-    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return settings.get("rope_type") or settings.get("type") or "default"
