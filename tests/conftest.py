@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("ci", derandomize=True)  # CI tests the same examples every time; a developer's runs explore
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 CORES = len(os.sched_getaffinity(0))
 torch.set_num_threads(1)  # tiny models: threads would only wait for one another
 
