@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime_checks.runtimes.greedy import greedy
+
 FILLER = 1
 BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
 PARTS = {"model": "weights", "KV": "kv", "compute": "compute", "output": "output"}
@@ -125,12 +127,7 @@ class Runtime:
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation."""
         self.reset()
-        found: list[int] = []
-        following = ids
-        while len(found) < count and not (found and found[-1] in eos):
-            found.append(int(self._forward(following, every=False)[-1].argmax()))
-            following = found[-1:]
-        return found, None
+        return greedy(lambda following: self._forward(following, every=False)[-1], ids, count, eos), None
 
     def parts(self) -> dict[str, int]:
         """llama.cpp's own account of its buffers (a mapped model counts in full)."""

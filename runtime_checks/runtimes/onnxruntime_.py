@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from runtime_checks.runtimes.greedy import greedy
+
 FILLER = 1
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -82,12 +84,7 @@ class Runtime:
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation."""
         self.reset()
-        found: list[int] = []
-        following = ids
-        while len(found) < count and not (found and found[-1] in eos):
-            found.append(int(self._forward(following)[-1].argmax()))
-            following = found[-1:]
-        return found, None
+        return greedy(lambda following: self._forward(following)[-1], ids, count, eos), None
 
     def parts(self) -> dict[str, int]:
         """The cache as it is now (ONNX Runtime does not tell the weights)."""

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 import sola_edge  # noqa: F401  (teaches transformers to load a compressed checkpoint)
+from runtime_checks.runtimes.greedy import greedy
 
 FILLER = 1
 
@@ -63,14 +64,13 @@ class Runtime:
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation and the logits that chose each of its tokens."""
         self.reset()
-        found: list[int] = []
         steps: list[npt.NDArray[np.float32]] = []
-        following = ids
-        while len(found) < count and not (found and found[-1] in eos):
+
+        def step(following: list[int]) -> npt.NDArray[np.float32]:
             steps.append(self._forward(following, 1)[-1].float().numpy().copy())
-            found.append(int(steps[-1].argmax()))
-            following = found[-1:]
-        return found, np.stack(steps)
+            return steps[-1]
+
+        return greedy(step, ids, count, eos), np.stack(steps)
 
     def parts(self) -> dict[str, int]:
         """Weights and the cache as it is now."""
