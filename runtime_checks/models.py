@@ -44,5 +44,5 @@ def _layer(checkpoint: Checkpoint, layer: int) -> Ranks:
         found = layouts[component]
         shape = (found.n_out, found.n_in) if found else checkpoint.shape(f"{module}.weight")
         full[component] = min(shape)
-    ranks = {c: found.rank if found else None for c, found in layouts.items()}
+    ranks = {c: found.rank or None if found else None for c, found in layouts.items()}
     return Ranks(layer=layer, prime=max(primes) if primes else None, ranks=ranks, full=full)

@@ -35,7 +35,7 @@ def plots(report: Report) -> list[tuple[str, str]]:
     return [(title, svg) for title, svg in found if svg]
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
@@ -54,7 +54,7 @@ def _pyplot() -> Any:
 
 def svg_of(figure: Any, name: str) -> str:
     """The figure as an SVG element without size, metadata or links to anywhere."""
-    plt = _pyplot()
+    plt = pyplot()
     plt.rcParams["svg.hashsalt"] = name
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04)
@@ -98,7 +98,7 @@ def bars(report: Report, value: Any, name: str) -> str:
         return ""
     groups = list(dict.fromkeys(group for group, _ in points))
     models = list(dict.fromkeys(r.model for r in report.results))
-    plt = _pyplot()
+    plt = pyplot()
     height = 0.8 / len(models)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.7 + (0.25 + 0.24 * len(models)) * len(groups)))
     longest = max(v[0] + v[2] for v in points.values())
@@ -139,7 +139,7 @@ def memory_bars(report: Report) -> str:
     measured = [r for r in report.results if r.memory is not None]
     if not measured:
         return ""
-    plt = _pyplot()
+    plt = pyplot()
     models = list(dict.fromkeys(r.model for r in measured))
     groups = list(dict.fromkeys(tick(r) for r in measured))
     height = 0.8 / len(models)
@@ -171,7 +171,7 @@ def window_lines(report: Report) -> str:
     compared = [r for r in report.results if r.parity is not None and all(v is not None for v in r.parity.window_kl)]
     if not compared or len(compared[0].parity.window_kl) < 2:  # type: ignore[union-attr]
         return ""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
     models = list(dict.fromkeys(r.model for r in compared))
     labels = list(dict.fromkeys(label(r) for r in compared))
@@ -199,7 +199,7 @@ def heat_map(report: Report, index: int) -> str:
         [100.0 if (rank := row.ranks[c]) is None else 100 * rank / row.full[c] for c in components]
         for row in model.ranks
     ]
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.19 * len(share)))
     image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=100)
     for y, row in enumerate(model.ranks):

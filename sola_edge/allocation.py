@@ -1,4 +1,4 @@
-"""SoLA's adaptive component-wise rank allocation (method.md §4), on shapes and energies alone.
+"""Rank allocation of the published methods, on shapes and energies alone; SoLA's is adaptive by component (method.md §4).
 
 Every matrix has a grid of ranks (multiples of its alignment). All start at a retained energy of 99.9 %; the step down that
 loses least energy per weight of the matrix is taken, never one that loses more than a clamp (0.1 %, relaxed by 0.02 % when no
@@ -63,6 +63,16 @@ def greedy_ranks(spectra: Sequence[MatrixSpectrum], budget: int) -> list[int]:
     """A rank for each matrix (0: left dense) such that about `budget` parameters are removed in all."""
     ranks = _descend(spectra, budget)
     ranks = _collapse(spectra, ranks)
+    for groups in (_components(spectra), [[i] for i in range(len(spectra))]):
+        ranks = _settle(spectra, ranks, budget, groups)
+    return [rank if s.removed(rank) else 0 for s, rank in zip(spectra, ranks, strict=True)]
+
+
+def uniform_ranks(spectra: Sequence[MatrixSpectrum], budget: int) -> list[int]:
+    """The same share of every matrix's parameters, as SVD-LLM and ASVD (without its search) have it, settled to the budget."""
+    share = 1 - budget / sum(s.dense_parameters for s in spectra)
+    wanted = [share * s.dense_parameters / (s.n_out + s.n_in) for s in spectra]
+    ranks = [min(s.grid, key=lambda rank: abs(rank - want)) for s, want in zip(spectra, wanted, strict=True)]
     for groups in (_components(spectra), [[i] for i in range(len(spectra))]):
         ranks = _settle(spectra, ranks, budget, groups)
     return [rank if s.removed(rank) else 0 for s, rank in zip(spectra, ranks, strict=True)]

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sola_edge.architecture import COMPONENTS, Architecture, architecture_of, head_dim, kv_heads
+from sola_edge.architecture import COMPONENTS, Architecture, architecture_of, matrix_shape
 from sola_edge.config import QUANT_METHOD, MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.files import replace_folder, sha256_file
-from sola_edge.gguf_source import GGUFTensors, open_gguf
+from sola_edge.gguf_source import GGUFTensors, field, open_gguf
 
 PROVENANCE = "sola.json"
 GENERATION = "generation_config.json"
@@ -74,6 +74,57 @@ class SafetensorsFolder:
         path = self._files[name]
         with _reading(path), safe_open(path, framework="pt") as shard:
             return shard.get_tensor(name)
+
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a tensor, the only ones that are read."""
+        path = self._files[name]
+        with _reading(path), safe_open(path, framework="pt") as shard:
+            return shard.get_slice(name)[rows]
+
+
+class UnfusedFolder:
+    """A folder's tensors, but each fused matrix under the names of its components, which are rows of it.
+
+    A folder that has the components' own tensors (a compressed one) is shown as it is. Raises UserError when the rows of a
+    fused matrix are not those of its components.
+    """
+
+    def __init__(self, folder: SafetensorsFolder, architecture: Architecture, config: Any) -> None:
+        self._folder = folder
+        stored = set(folder.names())
+        self._rows: dict[str, tuple[str, slice]] = {}
+        for module, rows in architecture.fused_rows(config).items():
+            for i in range(config.num_hidden_layers):
+                for kind in ("weight", "bias"):
+                    parent = f"{architecture.layer.format(i)}.{module}"
+                    if f"{parent}.{kind}" in stored:
+                        stored.remove(f"{parent}.{kind}")
+                        self._split(parent, kind, rows)
+        self._names = [*(name for name in folder.names() if name in stored), *self._rows]
+
+    def _split(self, module: str, kind: str, rows: Mapping[str, int]) -> None:
+        name, start = f"{module}.{kind}", 0
+        for part, count in rows.items():
+            self._rows[f"{module}.{part}.{kind}"] = name, slice(start, start + count)
+            start += count
+        found = self._folder.shape(name)
+        if found[0] != start:
+            raise UserError(f"{name} has shape {found}, its config asks for {start} rows; fetch it again")
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._rows:
+            return self._folder.shape(name)
+        stored, rows = self._rows[name]
+        return rows.stop - rows.start, *self._folder.shape(stored)[1:]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._folder.dtype(self._rows[name][0] if name in self._rows else name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._folder.rows(*self._rows[name]) if name in self._rows else self._folder.tensor(name)
 
 
 BUFFERS = ("rotary_emb.inv_freq",)
@@ -209,7 +260,11 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         architecture = architecture_of(config)
         # transformers ignores a stored head where the config ties it to the embedding, and so must we.
         ignored = (f"{architecture.head}.weight",) if config.tie_word_embeddings else ()
-        tensors: Tensors = SafetensorsFolder(path, ignored)
+        folder = SafetensorsFolder(path, ignored)
+        try:
+            tensors: Tensors = UnfusedFolder(folder, architecture, config)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     else:
         config = _gguf_config(path)
         architecture = architecture_of(config)
@@ -269,6 +324,9 @@ def _gguf_config(path: Path) -> PretrainedConfig:
     except Exception as error:
         raise UserError(f"{path} has an architecture that transformers cannot read ({_line(error)})") from error
     config.tie_word_embeddings = "output.weight" not in names
+    width = field(reader, f"{field(reader, 'general.architecture')}.attention.key_length")
+    if width is not None:
+        config.head_dim = width  # which transformers does not read for every architecture
     return config
 
 
@@ -296,21 +354,6 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def matrix_shape(config: PretrainedConfig, component: str) -> tuple[int, int]:
-    """(n_out, n_in) that the config asks of a component of a dense layer."""
-    hidden, heads, kv = config.hidden_size, config.num_attention_heads, kv_heads(config)
-    width = head_dim(config)
-    return {
-        "q": (heads * width, hidden),
-        "k": (kv * width, hidden),
-        "v": (kv * width, hidden),
-        "o": (hidden, heads * width),
-        "gate": (config.intermediate_size, hidden),
-        "up": (config.intermediate_size, hidden),
-        "down": (hidden, config.intermediate_size),
-    }[component]
-
-
 def _check_shapes(checkpoint: Checkpoint) -> None:
     """Every tensor that the config implies is there with its shape. Raises UserError naming the first that is not."""
     config, row = checkpoint.config, checkpoint.architecture
@@ -320,19 +363,49 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
     }
     if not config.tie_word_embeddings:
         expected[f"{row.head}.weight"] = (config.vocab_size, config.hidden_size)
+    biased = row.biased(config)
     for i in range(checkpoint.layers):
-        expected |= {f"{row.module(i, norm)}.weight": (config.hidden_size,) for norm in ("attention_norm", "ffn_norm")}
+        layer = row.layer.format(i)
+        expected |= {f"{layer}.{norm}.weight": (width,) for norm, width in row.norm_widths(config).items()}
         for component in COMPONENTS:
             module = row.module(i, component)
             layout = checkpoint.layout.get(module)
-            parts = layout.shapes if layout else {"weight": matrix_shape(config, component)}
+            dense = matrix_shape(config, component)
+            parts = layout.shapes if layout else {"weight": dense}
             expected |= {f"{module}.{part}": shape for part, shape in parts.items()}
+            if component in biased or (layout and layout.bias):
+                expected[f"{module}.bias"] = (layout.n_out if layout else dense[0],)
+    _check_layouts(checkpoint)
     for name, shape in expected.items():
         if not checkpoint.has(name):
             raise UserError(f"{checkpoint.path} lacks the tensor {name} that its config asks for; fetch it again")
         if checkpoint.shape(name) != shape:
             found = checkpoint.shape(name)
             raise UserError(f"{checkpoint.path}: {name} has shape {found}, its config asks for {shape}; fetch it again")
+
+
+def _check_layouts(checkpoint: Checkpoint) -> None:
+    """Layouts fit the config and one another: a layer's gate, up and down agree on its neurons. Raises UserError."""
+    for i in range(checkpoint.layers if checkpoint.layout else 0):
+        widths = {}
+        for component in COMPONENTS:
+            module = checkpoint.architecture.module(i, component)
+            dense: tuple[int, ...] = matrix_shape(checkpoint.config, component)
+            layout = checkpoint.layout.get(module)
+            found = (layout.n_out, layout.n_in) if layout else dense
+            neurons = {"gate": 0, "up": 0, "down": 1}.get(component)
+            if neurons is not None:
+                widths[module] = found[neurons]
+                found, dense = found[1 - neurons : 2 - neurons], dense[1 - neurons : 2 - neurons]
+            if found != dense:
+                raise UserError(
+                    f"{checkpoint.path}: the layout of {module} contradicts the config; compress the model again"
+                )
+        if len(set(widths.values())) > 1:
+            named = ", ".join(f"{module} {width}" for module, width in widths.items())
+            raise UserError(
+                f"{checkpoint.path}: matrices of one FFN differ in their neurons ({named}); compress the model again"
+            )
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -398,11 +471,19 @@ def _config_json(config: PretrainedConfig, layout: Mapping[str, MatrixLayout]) -
 
 
 def copy_checkpoint(source: Checkpoint, target: Path) -> None:
-    """Write a dense checkpoint as a Hugging Face folder: a GGUF made into safetensors, for example. Raises UserError."""
+    """Write a dense checkpoint as a Hugging Face folder: a GGUF made into safetensors, for example. Raises UserError.
+
+    Matrices that transformers keeps fused are fused again, so that it loads the folder without this package.
+    """
+    stored: dict[str, dict[int, str]] = {}
+    for name in source.names():
+        whole, place = source.architecture.stored_as(name)
+        stored.setdefault(whole, {})[place] = name
     with replace_folder(target) as partial:
         writer = CheckpointWriter(partial)
-        for name in source.names():
-            writer.add(name, source.tensor(name))
+        for whole, names in stored.items():
+            parts = [source.tensor(names[place]) for place in sorted(names)]
+            writer.add(whole, parts[0] if len(parts) == 1 else torch.cat(parts))
         writer.finish(storage_config(source), source.tokenizer(), {})
 
 

@@ -14,6 +14,20 @@ from rich.console import Console
 from rich.table import Table
 
 from sola_edge import __version__
+from sola_edge.cli_compare import add_commands
+from sola_edge.cli_options import (
+    Align,
+    Calibration,
+    CorrectionWindows,
+    Device,
+    GradientWindows,
+    Json,
+    Text,
+    Threads,
+    Window,
+    Windows,
+    alignment,
+)
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
 
@@ -29,8 +43,10 @@ app.add_typer(export_app, name="export")
 app.add_typer(llama_app, name="llama-cpp")
 app.add_typer(check_app, name="check")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
-Align = Annotated[str, typer.Option(help="Round ranks and prime counts to this multiple; auto: 256, 32 or 8 by size.")]
+Structure = Annotated[str, typer.Option(help="hybrid: every form; narrow: fewer neurons, runs on every stock runtime.")]
+Factors = Annotated[str, typer.Option(help="plain, pivoted (fewer parameters, outputs reordered), or auto by matrix.")]
+NoGradients = Annotated[bool, typer.Option("--no-gradients", help="Forward statistics alone: faster, and much worse.")]
+add_commands(app)
 
 
 def main() -> None:
@@ -78,15 +94,17 @@ def compress(
     model: Annotated[str, typer.Argument(help="A hub id, a folder, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     rate: Annotated[float, typer.Option(help="Share of the whole model's parameters to remove, 0 < rate < 1.")],
-    structure: Annotated[str, typer.Option(help="hybrid: prime neurons dense, the rest low-rank.")] = "hybrid",
-    method: Annotated[str, typer.Option(help="sola-paper: SoLA as published.")] = "sola-paper",
-    calibration: Annotated[
-        str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")
-    ] = "python-docstrings",
+    structure: Structure = "hybrid",
+    method: Annotated[str, typer.Option(help="sola, or sola-paper, svd, asvd, svd-llm, flap.")] = "sola",
+    calibration: Calibration = "python-docstrings",
     align: Align = "auto",
-    window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 2048,
-    windows: Annotated[int, typer.Option(help="Calibration windows to use, at most.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu or cuda: where the calibration text runs.")] = "cpu",
+    factors: Factors = "auto",
+    window: Window = 2048,
+    windows: Windows = 64,
+    gradient_windows: GradientWindows = 64,
+    correction_windows: CorrectionWindows = 0,
+    no_gradients: NoGradients = False,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Compress a model into a Hugging Face folder.
@@ -97,7 +115,10 @@ def compress(
         rate=rate,
         method=method,
         structure=structure,
-        align=_alignment(align),
+        align=alignment(align),
+        factors=factors,
+        gradient_windows=0 if no_gradients else gradient_windows,
+        correction_windows=correction_windows,
         window=window,
         max_windows=windows,
         device=device,
@@ -111,19 +132,16 @@ def compress(
         "rate": round(made.plan.rate, 5),
         "parameters_dense": made.plan.parameters_dense,
         "parameters_removed": made.plan.parameters_removed,
-        "matrices_factored": len(made.plan.layouts),
+        "matrices_changed": len(made.plan.layouts),
+        "predicted_rise_of_the_loss": _predicted(made.plan) if settings.gradient_windows else "-",
         "calibration": f"{made.calibration['text']}, {made.calibration['tokens']:,} tokens",
     }
     _print(rows, "compressed", as_json)
 
 
-def _alignment(value: str) -> int | None:
-    if value == "auto":
-        return None
-    try:
-        return int(value)
-    except ValueError as error:
-        raise UserError(f"align {value!r} is no number: give auto or a multiple such as 8, 32 or 256") from error
+def _predicted(plan: Any) -> str:
+    """In nats per token of the calibration text, before the correction; a dash where the method predicts none."""
+    return f"{sum(plan.predicted_loss.values()):.4f} nats" if plan.predicted_loss else "-"
 
 
 @export_app.command("onnx")
@@ -162,6 +180,9 @@ def export_gguf(
     rows = {"path": str(result.path), "bytes": result.bytes, "tensors": result.type_counts}
     if result.fallbacks:
         rows["stored_as_f16_because_their_rows_are_no_whole_blocks"] = list(result.fallbacks)
+    if result.expanded:
+        rows["stored_larger_because_ggml_gathers_no_channels"] = list(result.expanded)
+    rows["runs_on"] = "any llama.cpp" if result.stock else "the llama.cpp of `sola-edge llama-cpp build`"
     if dense:
         rows["note"] = "the factors are multiplied out: this file runs on any llama.cpp and saves nothing"
     _print(rows, "exported", as_json)
@@ -194,8 +215,6 @@ def llama_info(as_json: Json = False) -> None:
     _print(info(), "llama.cpp", as_json)
 
 
-Text = Annotated[str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")]
-Threads = Annotated[int | None, typer.Option(help="Threads per runtime; default: one per core.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the results to this report.json.")]
 Artefacts = Annotated[list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files.")]
 
@@ -245,6 +264,34 @@ def check_perplexity(
     source = load_text(text)
     named = {"text_name": source.name, "context": context, "windows": windows, "threads": threads}
     _finish(measure_perplexity(artefact, source.joined, **named), output, as_json)
+
+
+@check_app.command("tasks")
+def check_tasks(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(help="Folders (compressed or dense), .gguf files or hub ids; the first is the baseline."),
+    ],
+    task: Annotated[list[Path], typer.Option(help='A .jsonl file of {"question", "choices", "answer"}; repeatable.')],
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, from its start; default: all.")] = None,
+    threads: Threads = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Zero-shot multiple-choice accuracy in PyTorch, every checkpoint on every task, paired with the first checkpoint.
+
+    Example: sola-edge check tasks build/dense build/small --task piqa.jsonl --task winogrande.jsonl
+    """
+    from runtime_checks.task_table import print_tasks
+    from runtime_checks.tasks import measure_tasks
+
+    report = measure_tasks(checkpoints, task, limit=limit, threads=threads, output=output)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        print_tasks(report)
 
 
 @check_app.command("bench")

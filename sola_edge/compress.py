@@ -1,10 +1,11 @@
-"""Streams a checkpoint's decoder layers through statistics → plan → factors → compressed checkpoint.
+"""Streams a checkpoint's decoder layers through statistics → analysis → plan → rewritten layers → compressed checkpoint.
 
-Two passes. The first runs the calibration text and, layer by layer, chooses prime neurons and decomposes what is marginal;
-the bases (as large as the weights they came from) wait on disk beside the output. The plan needs the energies of all layers.
-The second pass reads each layer's weights again and writes it, factored. Neither holds more than a layer.
+The plan needs what the method noted of *all* layers; nothing else ever holds more than one. Statistics and analyses are
+kept in the cache and serve every rate. Layers that are rewritten wait in a work folder there, so a killed run goes on
+after the last one.
 """
 
+import hashlib
 import json
 import platform
 import shutil
@@ -13,15 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import sola_edge
-from sola_edge.allocation import MatrixSpectrum
-from sola_edge.architecture import FFN
-from sola_edge.calibration import INPUT_OF, LayerStatistics, LayerStream, token_windows
+from sola_edge.cache import cache_folder
+from sola_edge.calibration import Calibration, Statistics, collect, read_calibration
 from sola_edge.checkpoint import (
     GENERATION,
     PROVENANCE,
@@ -32,14 +33,19 @@ from sola_edge.checkpoint import (
     save_tensors,
     storage_config,
 )
-from sola_edge.config import CompressionSettings, Split, alignment_for
+from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
-from sola_edge.factorize import factors, output_basis, retained_energy
 from sola_edge.files import check_folder_target, replace_folder
-from sola_edge.methods import Method, method_named
-from sola_edge.planning import Plan, make_plan, neuron_order, prime_count
+from sola_edge.journal import Journal
+from sola_edge.methods import method_named
+from sola_edge.planning import Plan
 from sola_edge.progress import track
-from sola_edge.texts import Text, load_text
+from sola_edge.runner import LayerRunner
+from sola_edge.sequential import STAGES, Sequential, stored
+from sola_edge.texts import load_text
+from sola_edge.view import Analysis, LayerView, Method, ModelView
+
+WORK_FORMAT = 2  # of analyses and rewritten layers on disk: other numbers are other files
 
 
 @dataclass(frozen=True)
@@ -56,186 +62,180 @@ def compress(source: str | Path, target: Path, settings: CompressionSettings, ca
 
     Raises UserError for anything a user can put right; nothing is written then.
     """
-    method = method_named(settings.method)
     check_folder_target(target, PROVENANCE)
     checkpoint = open_checkpoint(source)
     if checkpoint.path.resolve() == target.resolve():
         raise UserError(f"{target} is the model itself; give the name of another folder to write")
-    _refuse(checkpoint, method, settings)
+    run = prepare(checkpoint, settings, calibration)
+    run.write(target)
+    return Compressed(target, run.plan, run.calibration.describe())
+
+
+def prepare(checkpoint: Checkpoint, settings: CompressionSettings, calibration: str) -> "Compression":
+    """Statistics, analysis and plan of a compression; nothing is written but the cache. Raises UserError."""
+    method = method_named(settings.method)
+    check_source(checkpoint, settings)
+    model = ModelView(checkpoint, settings)
+    method.check(model)
     text = load_text(calibration)
-    windows = token_windows(text, checkpoint.tokenizer(), settings.window, settings.max_windows)
-    with replace_folder(target) as partial:
-        bases = partial / "bases"
-        bases.mkdir()
-        spectra, prime_shares = _analyse(checkpoint, windows, settings, method, bases)
-        plan = make_plan(spectra, settings, checkpoint.parameters())
-        _write(checkpoint, plan, bases, partial)
-        shutil.rmtree(bases)
-        described = _describe_calibration(text, windows)
-        record = {"settings": settings.as_dict(), "calibration": described, "prime_share_of_norm": prime_shares}
-        _write_provenance(partial, checkpoint, plan, record)
-    return Compressed(target, plan, described)
+    windows = read_calibration(text, checkpoint.tokenizer(), settings.window, settings.max_windows)
+    statistics = collect(checkpoint, windows, method.gradient_windows(settings), settings.device)
+    analyses = _analyses(model, method, statistics)
+    return Compression(model, method, windows, statistics, analyses, method.plan(model, analyses))
 
 
-def _refuse(checkpoint: Checkpoint, method: Method, settings: CompressionSettings) -> None:
+def check_source(checkpoint: Checkpoint, settings: CompressionSettings) -> None:
+    """Refuse a model that is compressed already and a device that is not here. Raises UserError."""
     if checkpoint.layout:
         raise UserError(f"{checkpoint.path} is compressed already; give the dense model")
-    if settings.structure != "hybrid":
-        raise UserError(f"structure {settings.structure!r} is not available with {method.name}; use hybrid")
-    if not method.layers(checkpoint.layers):
-        raise UserError(
-            f"{method.name} leaves the first and last two layers dense, and this model has {checkpoint.layers}"
-        )
-    prime_count(checkpoint.config.intermediate_size, checkpoint.config.hidden_size, settings)
     if settings.device != "cpu" and not (settings.device == "cuda" and torch.cuda.is_available()):
         raise UserError(f"device {settings.device!r} is not available here; use cpu")
 
 
-def _analyse(
-    checkpoint: Checkpoint, windows: torch.Tensor, settings: CompressionSettings, method: Method, bases: Path
-) -> tuple[list[MatrixSpectrum], dict[int, float]]:
-    """First pass: the spectra of all matrices, and by layer the share of Σ|h| that its prime neurons carry.
-
-    Leaves `<layer>.safetensors` in `bases`: a neuron order and each matrix's basis vectors.
-    """
-    stream = LayerStream(checkpoint, windows, settings.device)
-    chosen = method.layers(checkpoint.layers)
-    spectra: list[MatrixSpectrum] = []
-    prime_shares = {}
-    for layer in track(range(chosen.stop), f"calibrating on {windows.numel():,} tokens, layer by layer"):
-        statistics = stream.advance(layer)
-        if layer in chosen:
-            found, prime = _analyse_layer(checkpoint, layer, statistics, settings, method, bases)
-            spectra += found
-            norms = statistics.norms.sort(descending=True).values
-            prime_shares[layer] = float(norms[:prime].sum() / norms.sum())
-    return spectra, prime_shares
-
-
-def _analyse_layer(
-    checkpoint: Checkpoint,
-    layer: int,
-    statistics: LayerStatistics,
-    settings: CompressionSettings,
-    method: Method,
-    bases: Path,
-) -> tuple[list[MatrixSpectrum], int]:
-    """The spectra of one layer's matrices and its prime count."""
-    row, config = checkpoint.architecture, checkpoint.config
-    prime = prime_count(config.intermediate_size, config.hidden_size, settings)
-    order = neuron_order(statistics.norms, prime)
-    kept = {"order": order}
-    spectra = []
-    for component in method.components(settings.rate):
-        module = row.module(layer, component)
-        weight = checkpoint.tensor(f"{module}.weight")
-        gram = statistics.grams[INPUT_OF[component]]
-        if component == "down":
-            gram = gram[order][:, order][prime:, prime:]
-        shape = _Shape.of(component, prime)
-        basis = output_basis(shape.marginal(shape.permuted(weight, order)), gram)
-        kept[module] = basis.vectors.float()
-        align = alignment_for(min(weight.shape), settings.align)
-        energy = retained_energy(basis.energy).numpy()
-        n_out, n_in = weight.shape
-        spectra.append(MatrixSpectrum(module, component, n_out, n_in, shape.prime, shape.split, align, energy))
-    save_tensors({name: tensor.contiguous() for name, tensor in kept.items()}, bases / f"{layer}.safetensors")
-    return spectra, prime
+def _analyses(model: ModelView, method: Method, statistics: Statistics) -> list[Analysis]:
+    """What the method notes of each layer, from the cache or anew."""
+    key = {"method": method.name, "format": WORK_FORMAT, **method.analysis_key(model.settings)}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    journal = Journal(statistics.folder / f"analysis-{digest}")
+    found = []
+    with filelock.FileLock(journal.folder / ".lock"):
+        for layer in track(range(model.layers), f"analysing for {method.name}, layer by layer"):
+            name = f"{layer:03d}.safetensors"
+            if not journal.has(name):
+                analysis = method.analyse(LayerView(model, layer, statistics))
+                with journal.writing(name) as path:
+                    save_tensors({k: v.contiguous() for k, v in analysis.items()}, path)
+            found.append(load_file(journal.path(name)))
+    return found
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """How one component is split: which side of W its neurons are on, and how many of them are prime."""
+class Compression:
+    """A planned compression, ready to be written."""
 
-    prime: int
-    split: Split
-    neurons: int | None  # the dimension of W that counts FFN neurons, None for attention
+    model: ModelView
+    method: Method
+    calibration: Calibration
+    statistics: Statistics
+    analyses: list[Analysis]
+    plan: Plan
 
-    @staticmethod
-    def of(component: str, prime: int) -> "_Shape":
-        if component not in FFN:
-            return _Shape(0, "out", None)
-        return _Shape(prime, "in", 1) if component == "down" else _Shape(prime, "out", 0)
+    def write(self, target: Path) -> None:
+        """Rewrite every layer and put the checkpoint together in the folder `target`."""
+        checkpoint = self.model.checkpoint
+        journal = Journal(cache_folder("work") / self._key())
+        with filelock.FileLock(journal.folder / ".lock"), replace_folder(target) as partial:
+            self._rewrite(journal)
+            writer = CheckpointWriter(partial)
+            for name, tensor in self._tensors(journal):
+                writer.add(name, tensor)
+            writer.finish(storage_config(checkpoint), checkpoint.tokenizer(), self.plan.layouts)
+            if checkpoint.generation:
+                shutil.copy(checkpoint.path / GENERATION, partial)
+            self._write_provenance(partial)
+        shutil.rmtree(journal.folder, ignore_errors=True)
 
-    def permuted(self, weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        return weight if self.neurons is None else weight.index_select(self.neurons, order)
+    @property
+    def _correction_windows(self) -> int:
+        """Without gradients, attention sinks rule the fit and make things worse: there is no correction then."""
+        return min(self.model.settings.correction_windows, self.statistics.gradient_windows)
 
-    def marginal(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight[self.prime :] if self.split == "out" else weight[:, self.prime :]
+    def _key(self) -> str:
+        content = {
+            "format": WORK_FORMAT,
+            "statistics": self.statistics.folder.name,
+            "settings": self.model.settings.as_dict(),
+            "layouts": {module: asdict(layout) for module, layout in self.plan.layouts.items()},
+            "versions": _versions(),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
 
-    def kept(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight[: self.prime] if self.split == "out" else weight[:, : self.prime]
+    def _rewrite(self, journal: Journal) -> None:
+        """Every layer's new tensors as a piece of the journal, going on after the last one that is there."""
+        layers = self.model.layers
+        streams = self._streams(journal)
+        first = next((layer for layer in range(layers) if not journal.has(_piece(layer))), layers)
+        if streams is not None and first < layers and not streams.reached(first):
+            streams.start()
+            first = 0
+        for layer in track(range(first, layers), "rewriting, layer by layer"):
+            with journal.writing(_piece(layer)) as path:
+                save_tensors(self._new_tensors(layer, streams), path)
+            if streams is not None:
+                streams.forget(layer)
+
+    def _new_tensors(self, layer: int, streams: Sequential | None) -> dict[str, torch.Tensor]:
+        view = LayerView(self.model, layer, self.statistics)
+        rewriter = self.method.rewriter(view, self.plan.layouts, self.analyses[layer])
+        dtype = self.model.checkpoint.dtype
+        if streams is not None:
+            found = streams.rewrite(view, rewriter, self.plan.layouts, dtype)
+        else:
+            stages = [rewriter.stage(stage, None) for stage in STAGES]
+            found = stored({name: tensor for tensors in stages for name, tensor in tensors.items()}, dtype)
+        return {name: tensor.contiguous().cpu() for name, tensor in found.items()}
+
+    def _streams(self, journal: Journal) -> Sequential | None:
+        if not self._correction_windows:
+            return None
+        windows = self.calibration.windows[: self._correction_windows]
+        return Sequential(LayerRunner(self.model.checkpoint, self.model.settings.device), windows, journal)
+
+    def _tensors(self, journal: Journal) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the compressed checkpoint, in the source's order of layers."""
+        checkpoint = self.model.checkpoint
+        prefix = checkpoint.architecture.layer.split("{}")[0]
+        for name in checkpoint.names():
+            if not name.startswith(prefix):
+                yield name, checkpoint.tensor(name)
+        for layer in track(range(checkpoint.layers), "writing layers"):
+            new = load_file(journal.path(_piece(layer)))
+            yield from sorted(new.items())
+            own = checkpoint.architecture.layer.format(layer) + "."
+            for name in (n for n in checkpoint.names() if n.startswith(own)):
+                if checkpoint.architecture.component_of(name.rpartition(".")[0]) is None:
+                    yield name, checkpoint.tensor(name)
+
+    def _write_provenance(self, folder: Path) -> None:
+        source = self.model.checkpoint
+        content = {
+            "format": 2,
+            "tool": {"sola-edge": sola_edge.__version__},
+            "versions": _versions(),
+            "source": {"name": source.path.name, "weights_sha256": hash_weights(source.weight_files())},
+            "method": self.method.name,
+            "rate": self.plan.rate,
+            "settings": self.model.settings.as_dict(),
+            "calibration": self.calibration.describe(),
+            "calibration_nll": self.statistics.losses.get("nll"),
+            "norm_curve": norm_curves(self.statistics, source.layers),
+            "plan": asdict(self.plan),
+            "weights_sha256": hash_weights(sorted(folder.glob("*.safetensors"))),
+        }
+        (folder / PROVENANCE).write_text(json.dumps(content, indent=2))
 
 
-def _write(checkpoint: Checkpoint, plan: Plan, bases: Path, folder: Path) -> None:
-    """Second pass: every tensor of the source, permuted or factored where the plan says so."""
-    writer = CheckpointWriter(folder)
-    layer_prefix = checkpoint.architecture.layer.split("{}")[0]
-    outside = [name for name in checkpoint.names() if not name.startswith(layer_prefix)]
-    for name in outside:
-        writer.add(name, checkpoint.tensor(name))
-    for layer in track(range(checkpoint.layers), "factorising and writing layers"):
-        for name, tensor in _layer_tensors(checkpoint, layer, plan, bases):
-            writer.add(name, tensor)
-    writer.finish(storage_config(checkpoint), checkpoint.tokenizer(), plan.layouts)
-    if checkpoint.generation:
-        shutil.copy(checkpoint.path / GENERATION, folder)
+def _piece(layer: int) -> str:
+    return f"layer-{layer:03d}.safetensors"
 
 
-def _layer_tensors(checkpoint: Checkpoint, layer: int, plan: Plan, bases: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    file = bases / f"{layer}.safetensors"
-    stored = load_file(file) if file.exists() else {}
-    row = checkpoint.architecture
-    prefix = row.layer.format(layer) + "."
-    permute = any(row.module(layer, component) in plan.layouts for component in FFN)
-    for name in (n for n in checkpoint.names() if n.startswith(prefix)):
-        module, _, kind = name.rpartition(".")
-        tensor = checkpoint.tensor(name)
-        component = row.component_of(module)
-        if component is None:
-            yield name, tensor
-            continue
-        layout = plan.layouts.get(module)
-        shape = _Shape.of(component, layout.prime if layout else 0)
-        if permute and not (kind == "bias" and component == "down"):
-            tensor = shape.permuted(tensor, stored["order"])
-        if layout is None or kind == "bias":
-            yield name, tensor
-            continue
-        b, a = factors(shape.marginal(tensor), stored[module], layout.rank)
-        parts = {"A": a.to(tensor.dtype), "B": b.to(tensor.dtype)}
-        if layout.prime:
-            parts["prime"] = shape.kept(tensor)
-        yield from ((f"{module}.{part}", value) for part, value in parts.items())
-
-
-def _describe_calibration(text: Text, windows: torch.Tensor) -> dict[str, Any]:
-    count, window = windows.shape
+def _versions() -> dict[str, str]:
     return {
-        "text": text.name,
-        "sha256": text.sha256,
-        "windows": count,
-        "window": window,
-        "tokens": windows.numel(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
     }
 
 
-def _write_provenance(folder: Path, source: Checkpoint, plan: Plan, record: dict[str, Any]) -> None:
-    weights = sorted(folder.glob("*.safetensors"))
-    content = {
-        "format": 1,
-        "tool": {"sola-edge": sola_edge.__version__},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
-        "source": {"name": source.path.name, "weights_sha256": hash_weights(source.weight_files())},
-        "method": record["settings"]["method"],
-        "rate": plan.rate,
-        **record,
-        "plan": asdict(plan),
-        "weights_sha256": hash_weights(weights),
-    }
-    (folder / PROVENANCE).write_text(json.dumps(content, indent=2))
+NORM_SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def norm_curves(statistics: Statistics, layers: int) -> dict[str, Any]:
+    """By layer, the share of Σ|h| that the largest 5 %, 10 %, 15 % … of its neurons carry: SoLA's premise, measured."""
+    curves = []
+    for layer in range(layers):
+        norms = statistics.layer(layer).norms.double().sort(descending=True).values
+        carried = norms.cumsum(0) / norms.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        curves.append([round(float(carried[max(round(share * len(norms)), 1) - 1]), 4) for share in NORM_SHARES])
+    return {"neurons": list(NORM_SHARES), "norm": curves}

@@ -26,7 +26,10 @@ def run_demo(out: Path, rate: float) -> tuple[Any, Path]:
 
     Raises UserError for a bad rate, an output that is not writable, or no network on the first run.
     """
-    settings = CompressionSettings(rate=rate, window=CALIBRATION_WINDOW, max_windows=CALIBRATION_WINDOWS)
+    # plain: llama.cpp gathers no channels, so pivoted factors would be stored larger there
+    settings = CompressionSettings(
+        rate=rate, factors="plain", window=CALIBRATION_WINDOW, max_windows=CALIBRATION_WINDOWS
+    )
     check_folder_target(out, MARKER)
     skipped = _llama_cpp()
     dense, compressed = out / "dense" / "checkpoint", out / "compressed" / "checkpoint"

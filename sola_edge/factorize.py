@@ -1,47 +1,42 @@
-"""(W, Gram, rank) → factors. Pure functions, in float64.
+"""(W, statistics, rank) → factors. Pure functions, in float64.
 
-For inputs X with Gram matrix S = X Xᵀ, the rank-r matrix that minimises ‖(W − Ŵ) X‖_F is Ŵ = U_r U_rᵀ W with U_r the top r
-eigenvectors of W S Wᵀ (method.md §3 writes the same subspace as the SVD of W L, S = L Lᵀ, and then inverts L). The inverse
-is never needed: B = U_r, A = U_rᵀ W. Where W has more rows than columns, the eigenvectors come from the smaller side:
-Lᵀ Wᵀ W L = V Σ² Vᵀ, U = W L V Σ⁻¹.
+One metric for all: a change ΔW of a matrix costs tr(G ΔW S ΔWᵀ), S = E[x xᵀ] of its inputs, G of the loss gradients at
+its outputs (half of it is the rise of the mean NLL in nats that a second-order expansion with the empirical Fisher
+information predicts), or G = I without gradients. Whichever side of W is smaller is decomposed:
+
+    n_in ≤ n_out:  S = L Lᵀ,  Lᵀ Wᵀ G W L = V Σ² Vᵀ,   Ŵ = (W L V_r)(V_rᵀ L⁻¹)
+    else:          G = L Lᵀ,  Lᵀ W S Wᵀ L = U Σ² Uᵀ,   Ŵ = (L⁻ᵀ U_r)(U_rᵀ Lᵀ W)
+
+Both give the Ŵ of rank r that costs least, Σ_{i>r} σ_i². With G = I it is the whitened SVD of SoLA and SVD-LLM (method.md
+§3), and the second form has no inverse.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-JITTER = 1e-10  # of S's mean diagonal: keeps the Cholesky factor of a singular Gram matrix defined
+JITTER = 1e-10  # of the mean diagonal: keeps the Cholesky factor of a singular Gram matrix defined
+DAMPING = 1e-3  # of G's mean diagonal: directions without any gradient still cost something
+SWAP_GAIN = 1.05  # pivots are exchanged while that makes the pivot block's volume grow by this factor
+MAX_SWAPS = 200
 
 
 @dataclass(frozen=True)
-class Basis:
-    """Output directions of one matrix, most energetic first.
+class Metric:
+    """The cost of a matrix's change: S (n_in, n_in), G (n_out, n_out) or None for the identity. float64."""
 
-    vectors: (n_out, k) orthonormal, k = min(n_out, n_in). energy: (k,) σ², the energy of W X along each of them.
-    """
-
-    vectors: torch.Tensor
-    energy: torch.Tensor
+    s: torch.Tensor
+    g: torch.Tensor | None = None
 
 
-def output_basis(weight: torch.Tensor, gram: torch.Tensor) -> Basis:
-    """Eigenvectors of W S Wᵀ from the smaller side. weight (n_out, n_in), gram (n_in, n_in); float64 inside.
-
-    Source: method.md §3; recipe.md, "with G = I the second form needs no inverse".
-    """
-    weight, gram = weight.double(), gram.double()
-    n_out, n_in = weight.shape
-    if n_out <= n_in:
-        energy, vectors = torch.linalg.eigh(weight @ gram @ weight.T)
-        return Basis(vectors.flip(1), energy.flip(0).clamp_min(0))
-    whitened = weight @ _cholesky(gram)
-    energy, right = torch.linalg.eigh(whitened.T @ whitened)
-    # The columns of W L V are orthogonal already; QR only divides by their lengths, safely where those vanish.
-    vectors, _ = torch.linalg.qr(whitened @ right.flip(1))
-    return Basis(vectors, energy.flip(0).clamp_min(0))
+def damped(g: torch.Tensor) -> torch.Tensor:
+    """G plus `DAMPING` of its mean diagonal on the diagonal, float64."""
+    g = g.double()
+    return g + DAMPING * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype, device=g.device)
 
 
-def _cholesky(gram: torch.Tensor) -> torch.Tensor:
+def cholesky(gram: torch.Tensor) -> torch.Tensor:
+    """Lower factor L of S + ε I = L Lᵀ with the least ε of 1e-10, 1e-9, … mean diagonals that makes it definite."""
     scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     jitter = JITTER
@@ -52,10 +47,43 @@ def _cholesky(gram: torch.Tensor) -> torch.Tensor:
         jitter *= 10
 
 
-def factors(weight: torch.Tensor, vectors: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B (n_out, rank) and A (rank, n_in) in float64 with B A = U_r U_rᵀ W; `vectors` as in `Basis`."""
-    top = vectors[:, :rank].double()
-    return top, top.T @ weight.double()
+def spectrum(weight: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """σ² in descending order, (min(n_out, n_in),): what each further rank saves of tr(G W S Wᵀ)."""
+    return torch.linalg.eigvalsh(_small_side(weight.double(), metric)[0]).flip(0).clamp_min(0)
+
+
+def factors(weight: torch.Tensor, metric: Metric, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B (n_out, rank), A (rank, n_in), float64: the product of that rank that costs least."""
+    weight = weight.double()
+    square, root, inner = _small_side(weight, metric)
+    vectors = torch.linalg.eigh(square)[1].flip(1)[:, :rank]
+    if inner and root is not None:
+        b = weight @ (root @ vectors)
+        return b, torch.linalg.solve_triangular(root.T, vectors, upper=True).T
+    if root is None:
+        return vectors, vectors.T @ weight
+    return torch.linalg.solve_triangular(root.T, vectors, upper=True), (root @ vectors).T @ weight
+
+
+def _small_side(weight: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """The symmetric matrix whose eigenvalues are σ², the Cholesky factor it was made with, whether that is of S."""
+    n_out, n_in = weight.shape
+    if n_in < n_out or (n_in == n_out and metric.g is not None):
+        root = cholesky(metric.s)
+        right = weight @ root
+        return right.T @ (right if metric.g is None else metric.g @ right), root, True
+    if metric.g is None:
+        return weight @ metric.s @ weight.T, None, False
+    root = cholesky(metric.g)
+    left = root.T @ weight
+    return left @ metric.s @ left.T, root, False
+
+
+def cost(change: torch.Tensor, metric: Metric) -> float:
+    """tr(G ΔW S ΔWᵀ)."""
+    right = change.double() @ metric.s
+    left = change.double() if metric.g is None else metric.g @ change.double()
+    return float((left * right).sum())
 
 
 def retained_energy(energy: torch.Tensor) -> torch.Tensor:
@@ -64,3 +92,47 @@ def retained_energy(energy: torch.Tensor) -> torch.Tensor:
     if total <= 0:
         return torch.ones(len(energy) + 1, dtype=energy.dtype)
     return torch.cat([torch.zeros(1, dtype=energy.dtype), energy.cumsum(0) / total])
+
+
+def remaining(energy: torch.Tensor) -> torch.Tensor:
+    """Σ_{i>r} σ_i² for r = 0 … k. energy (k,) → (k + 1,)."""
+    return torch.cat([energy.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=energy.dtype)])
+
+
+@dataclass(frozen=True)
+class Pivoted:
+    """A product L = B A of rank r in pivoted form: L[order] = concat(A, B A), A = r rows of L. B (rows - r, r)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    order: torch.Tensor  # (rows,) int64: the pivots first, the other rows after them, each in their own order
+
+
+def pivoted(b: torch.Tensor, a: torch.Tensor) -> Pivoted:
+    """The factors with r of L's own rows as A (PIFA, ICML 2025): lossless, r² fewer parameters.
+
+    Rows are chosen by LU with partial pivoting, then exchanged while the block's volume grows (maxvol: Goreinov et al.
+    2010), which bounds the entries of the new B and so what rounding it costs.
+    """
+    rank = b.shape[1]
+    basis = torch.linalg.qr(b).Q
+    permutation, lower, _ = torch.linalg.lu(basis)
+    chosen = permutation.argmax(0)  # row i of the permuted basis was row chosen[i]
+    solved = torch.linalg.solve_triangular(lower[:rank].T, lower[rank:].T, upper=True).T
+    pivots, others = chosen[:rank].clone(), chosen[rank:].clone()
+    for _ in range(MAX_SWAPS if len(others) else 0):
+        largest = int(solved.abs().argmax())
+        i, j = divmod(largest, rank)
+        value = solved[i, j].clone()
+        if value.abs() <= SWAP_GAIN:
+            break
+        row = solved[i].clone()
+        row[j] -= 1
+        column = solved[:, j].clone()
+        column[i] += 1
+        solved -= torch.outer(column, row) / value
+        pivots[j], others[i] = others[i].clone(), pivots[j].clone()
+    pivots, others = pivots.sort().values, others.sort().values
+    square = b[pivots]
+    new_b = torch.linalg.solve(square.T, b[others].T).T
+    return Pivoted(square @ a, new_b, torch.cat([pivots, others]))

@@ -16,6 +16,12 @@ from gguf.quants import dequantize
 from sola_edge.architecture import COMPONENTS, Architecture, kv_heads
 from sola_edge.errors import UserError
 
+SOURCES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # model types of which GGUF stores weights as they are, but for q's and k's rows
 INTERLEAVED_ROPE = {"llama"}  # GGUF architectures whose q and k rows are permuted
 
 
@@ -44,6 +50,11 @@ class GGUFTensors:
     """The tensors of one GGUF file under their Hugging Face names."""
 
     def __init__(self, path: Path, architecture: Architecture, config: Any) -> None:
+        if architecture.model_type not in SOURCES:
+            known = ", ".join(SOURCES)
+            raise UserError(
+                f"{path}: a GGUF of the architecture {architecture.model_type!r} cannot be read (can: {known}); give the folder"
+            )
         self._reader = open_gguf(path)
         self._config = config
         self._gguf_architecture = field(self._reader, "general.architecture")
@@ -91,8 +102,9 @@ def _hf_names(gguf_architecture: str, architecture: Architecture, layers: int) -
     by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(by_name[gguf_architecture], layers)
     modules = [architecture.embedding, architecture.final_norm, architecture.head]
-    parts = (*COMPONENTS, "attention_norm", "ffn_norm")
-    modules += [architecture.module(i, part) for i in range(layers) for part in parts]
+    within = [getattr(architecture, component) for component in COMPONENTS]
+    within += [*architecture.hidden_norms, *architecture.head_norms]
+    modules += [f"{architecture.layer.format(i)}.{part}" for i in range(layers) for part in within]
     names = {}
     for module in modules:
         for kind in ("weight", "bias"):

@@ -1,7 +1,8 @@
 """Teaches transformers (4.57 and 5.x) to load, save and generate with a compressed checkpoint.
 
 `config.json` says `"quantization_config": {"quant_method": "sola", "matrices": {module: layout}}`; before the weights are
-loaded, each named nn.Linear is replaced by an empty HybridLinear, whose parameters then load by their names.
+loaded, each named nn.Linear is replaced by an empty HybridLinear, whose parameters then load by their names. Where the
+architecture has fused matrices, those of all layers are split into their components first, as compressed checkpoints are.
 """
 
 from typing import Any
@@ -10,8 +11,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sola_edge.architecture import architecture_of
 from sola_edge.config import QUANT_METHOD, MatrixLayout
-from sola_edge.layers import replace_linears
+from sola_edge.layers import replace_linears, unfuse_linears
 
 
 class SolaConfig(QuantizationConfigMixin):
@@ -30,6 +32,10 @@ class SolaQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         layouts = {name: MatrixLayout(**row) for name, row in self.quantization_config.matrices.items()}
+        row = architecture_of(model.config)
+        fused = row.fused_rows(model.config)
+        for i in range(model.config.num_hidden_layers if fused else 0):
+            unfuse_linears(model, {f"{row.layer.format(i)}.{module}": rows for module, rows in fused.items()})
         replace_linears(model, layouts)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

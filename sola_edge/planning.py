@@ -1,76 +1,58 @@
-"""Statistics and settings → Plan: prime neurons and ranks, with the rate achieved.
+"""What a method decided: the layout of every matrix, the rate achieved, and what it predicts.
 
-The compression rate is read here and nowhere after: everything that follows sees layouts.
+The compression rate is read when a method plans and nowhere after: everything that follows sees layouts.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-
-from sola_edge.allocation import MatrixSpectrum, most_removable
-from sola_edge.config import RATE_TOLERANCE, CompressionSettings, MatrixLayout, alignment_for, rate_of
+from sola_edge.config import RATE_TOLERANCE, MatrixLayout, rate_of
 from sola_edge.errors import UserError
-from sola_edge.methods import method_named
 
 
 @dataclass(frozen=True)
 class Plan:
-    """layouts: of every matrix to factor, by module name. rate: achieved, exactly. `asked`: what was wanted.
+    """layouts: of every matrix that changes, by module name. rate: achieved, exactly. `asked`: what was wanted.
 
-    retained_energy: of each factored matrix's low-rank part.
+    predicted_loss: rise of the mean NLL in nats, by module or FFN; {} where the method predicts none. retained_energy: of
+    each factored matrix's low-rank part; {} where the method does not go by it.
     """
 
     layouts: dict[str, MatrixLayout]
-    retained_energy: dict[str, float]
     asked: float
     rate: float
     parameters_dense: int
     parameters_removed: int
+    predicted_loss: dict[str, float] = field(default_factory=dict)
+    retained_energy: dict[str, float] = field(default_factory=dict)
 
 
-def prime_count(ffn: int, hidden: int, settings: CompressionSettings) -> int:
-    """How many of a layer's FFN neurons are prime: the asked share, rounded to the alignment, at least one multiple of it.
-
-    Raises UserError when that leaves no marginal neuron.
-    """
-    align = alignment_for(min(ffn, hidden), settings.align)
-    if align >= ffn:
-        raise UserError(f"align {align} is out of range: this model's FFN has {ffn} neurons; give 8 or 32")
-    return min(max(round(settings.prime_share * ffn / align), 1) * align, ffn - align)
-
-
-def neuron_order(norms: torch.Tensor, prime: int) -> torch.Tensor:
-    """A permutation of the FFN's neurons, prime ones (largest mean |h_j|) first; each part keeps its original order.
-
-    norms (ffn,) → (ffn,) int64. Source: method.md §2.
-    """
-    top = norms.argsort(descending=True, stable=True)
-    return torch.cat([top[:prime].sort().values, top[prime:].sort().values])
-
-
-def make_plan(spectra: Sequence[MatrixSpectrum], settings: CompressionSettings, parameters_dense: int) -> Plan:
-    """Spend the budget. Raises UserError when the rate cannot be reached, or not within 0.5 % of it."""
-    budget = round(settings.rate * parameters_dense)
-    limit = most_removable(spectra)
-    if budget > limit:
+def check_reachable(asked: float, removable: int, parameters: int, method: str) -> None:
+    """Refuse a rate beyond what a method can remove. Raises UserError."""
+    if round(asked * parameters) > removable:
         raise UserError(
-            f"rate {settings.rate:g} cannot be reached: {settings.method} can remove at most "
-            f"{rate_of(limit, parameters_dense):.3f} of this model's parameters; ask for less"
+            f"rate {asked:g} cannot be reached: {method} can remove at most {rate_of(removable, parameters):.3f} of this "
+            f"model's parameters; ask for less"
         )
-    ranks = method_named(settings.method).allocate(spectra, budget)
-    layouts = {}
-    energy = {}
-    for spectrum, rank in zip(spectra, ranks, strict=True):
-        layout = spectrum.layout(rank)
-        if layout is not None:
-            layouts[spectrum.module] = layout
-            energy[spectrum.module] = float(spectrum.energy[rank])
-    removed = sum(s.removed(rank) for s, rank in zip(spectra, ranks, strict=True))
-    rate = rate_of(removed, parameters_dense)
-    if abs(rate - settings.rate) > RATE_TOLERANCE * settings.rate:
+
+
+def make_plan(
+    layouts: dict[str, MatrixLayout],
+    removed: int,
+    asked: float,
+    parameters: int,
+    align: int,
+    *,
+    predicted_loss: dict[str, float] | None = None,
+    retained_energy: dict[str, float] | None = None,
+) -> Plan:
+    """The plan of these layouts, which save `removed` of `parameters`. align: the coarsest grid.
+
+    Raises UserError when the rate is missed by more than 0.5 % of it.
+    """
+    rate = rate_of(removed, parameters)
+    if abs(rate - asked) > RATE_TOLERANCE * asked:
         raise UserError(
-            f"rate {settings.rate:g} cannot be met within 0.5 % with ranks this coarse (nearest: {rate:.4f}); "
-            f"give a smaller --align than {max(s.align for s in spectra)}"
+            f"rate {asked:g} cannot be met within 0.5 % with sizes this coarse (nearest: {rate:.4f}); "
+            f"give a smaller --align than {align}"
         )
-    return Plan(layouts, energy, settings.rate, rate, parameters_dense, removed)
+    return Plan(layouts, asked, rate, parameters, removed, predicted_loss or {}, retained_energy or {})

@@ -16,6 +16,19 @@ CORES = len(os.sched_getaffinity(0))
 torch.set_num_threads(1)  # tiny models: threads would only wait for one another
 
 
+@pytest.fixture(autouse=True)
+def own_statistics(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics and work in progress of a test go to a folder of its own: nothing is found that another run left."""
+    folder = tmp_path_factory.mktemp("cache")
+
+    def cache_folder(name: str) -> Path:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    monkeypatch.setattr("sola_edge.calibration.cache_folder", cache_folder)
+    monkeypatch.setattr("sola_edge.compress.cache_folder", cache_folder)
+
+
 @pytest.fixture(scope="session")
 def all_cores() -> Iterator[None]:
     """For fixtures that run a real model."""
@@ -52,10 +65,10 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def smollm2_compressed(smollm2: Path, all_cores: None) -> Path:
-    """SmolLM2 compressed at rate 0.2 on a little of the built-in text."""
+    """SmolLM2 compressed at rate 0.2 on a little of the built-in text: as the demo does, so that both share statistics."""
     from sola_edge.compress import compress
     from sola_edge.config import CompressionSettings
     from sola_edge.texts import DEFAULT_CALIBRATION
 
-    settings = CompressionSettings(rate=0.2, window=512, max_windows=16)
+    settings = CompressionSettings(rate=0.2, window=512, max_windows=24, factors="plain")
     return compress(smollm2, smollm2.parent / "compressed", settings, DEFAULT_CALIBRATION).path

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sola_edge.allocation import MatrixSpectrum, greedy_ranks, most_removable
-from sola_edge.config import CompressionSettings, MatrixLayout, alignment_for
+from sola_edge.allocation import MatrixSpectrum, greedy_ranks, most_removable, uniform_ranks
+from sola_edge.config import MatrixLayout, alignment_for
 from sola_edge.errors import UserError
-from sola_edge.planning import make_plan
+from sola_edge.planning import check_reachable, make_plan
 
 
 def spectrum(
@@ -91,22 +91,26 @@ def test_unreachable_rate_is_refused_with_the_limit() -> None:
     rows = model(5)
     dense = total(rows)
     with pytest.raises(UserError, match=f"at most {most_removable(rows) / dense:.3f}"):
-        make_plan(rows, CompressionSettings(rate=0.99), dense)
+        check_reachable(0.99, most_removable(rows), dense, "x")
+    check_reachable(0.1, most_removable(rows), dense, "x")
 
 
 def test_coarse_ranks_are_refused_with_the_nearest_rate() -> None:
     rows = model(1, align=64)
+    removed = sum(row.removed(rank) for row, rank in zip(rows, greedy_ranks(rows, total(rows) // 10), strict=True))
     with pytest.raises(UserError, match="smaller --align than 64"):
-        make_plan(rows, CompressionSettings(rate=0.1), total(rows))
+        make_plan({}, removed, 0.1, total(rows), 64)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.2, 0.6))
-def test_plan_counts_what_it_removes(rate: float) -> None:
+def test_ranks_remove_what_is_asked(rate: float) -> None:
     rows = model(6)
-    dense = total(rows)
-    plan = make_plan(rows, CompressionSettings(rate=rate), dense)
-    stored = sum(layout.parameters for layout in plan.layouts.values())
-    whole = sum(row.dense_parameters for row in rows if row.module in plan.layouts)
-    assert plan.parameters_removed == whole - stored
-    assert plan.rate == pytest.approx(rate, rel=0.005)
+    for allocate in (greedy_ranks, uniform_ranks):
+        ranks = allocate(rows, round(rate * total(rows)))
+        removed = sum(row.removed(rank) for row, rank in zip(rows, ranks, strict=True))
+        layouts = {row.module: layout for row, rank in zip(rows, ranks, strict=True) if (layout := row.layout(rank))}
+        plan = make_plan(layouts, removed, rate, total(rows), 8)
+        whole = sum(row.dense_parameters for row in rows if row.module in layouts)
+        assert plan.parameters_removed == whole - sum(layout.parameters for layout in layouts.values())
+        assert plan.rate == pytest.approx(rate, rel=0.005)

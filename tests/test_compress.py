@@ -9,16 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sola_edge.calibration import LayerStream, token_windows
+from sola_edge.baselines import prime_order
+from sola_edge.calibration import Calibration, collect, token_windows
 from sola_edge.checkpoint import PROVENANCE, open_checkpoint
 from sola_edge.cli import main
-from sola_edge.compress import compress
+from sola_edge.compress import compress, prepare
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
 from sola_edge.files import sha256_file
-from sola_edge.planning import neuron_order
+from sola_edge.journal import Journal
 from sola_edge.testing import byte_tokenizer, tiny_checkpoint
 from sola_edge.texts import Text, load_text
+from sola_edge.view import LayerView
 
 SENTENCE = "The quick brown fox jumps over the lazy dog; 12 boxing wizards jump quickly.\n"
 
@@ -47,10 +49,15 @@ VARIANTS = [
 ]
 
 
+def paper(rate: float, **values: object) -> CompressionSettings:
+    return settings_for(rate, method="sola-paper", **values)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rate_is_met_and_the_rest_is_untouched(tmp_path: Path, text: str, variant: dict) -> None:
+def test_published_method_meets_the_rate_and_touches_nothing_else(tmp_path: Path, text: str, variant: dict) -> None:
+    variant = dict(variant)
     source = open_checkpoint(tiny_checkpoint(tmp_path / "dense", layers=variant.pop("layers", 7), **variant))
-    made = compress(source.path, tmp_path / "small", settings_for(0.2), text)
+    made = compress(source.path, tmp_path / "small", paper(0.2), text)
     result = open_checkpoint(made.path)
     assert 1 - result.parameters() / source.parameters() == pytest.approx(0.2, rel=0.005)
     assert made.plan.rate == pytest.approx(1 - result.parameters() / source.parameters(), abs=1e-12)
@@ -64,19 +71,149 @@ def test_rate_is_met_and_the_rest_is_untouched(tmp_path: Path, text: str, varian
     assert logits(made.path, torch.arange(3, 30)[None]).isfinite().all()
 
 
+@pytest.mark.parametrize("method", ["sola", "sola-paper", "svd", "asvd", "svd-llm", "flap"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_method_meets_the_rate_and_loads(tmp_path: Path, text: str, method: str, bias: bool) -> None:
+    source = open_checkpoint(tiny_checkpoint(tmp_path / "dense", layers=8, bias=bias))
+    align = 1 if method == "flap" else 4  # FLAP has nothing finer than a neuron
+    settings = settings_for(0.15, method=method, align=align, correction_windows=4)
+    made = compress(source.path, tmp_path / "small", settings, text)
+    result = open_checkpoint(made.path)
+    assert 1 - result.parameters() / source.parameters() == pytest.approx(0.15, rel=0.005)
+    assert made.plan.rate == pytest.approx(1 - result.parameters() / source.parameters(), abs=1e-12)
+    assert logits(made.path, torch.arange(3, 30)[None]).isfinite().all()
+    assert json.loads((made.path / PROVENANCE).read_text())["method"] == method
+
+
+def test_narrow_only_drops_neurons(tmp_path: Path, text: str) -> None:
+    source = open_checkpoint(tiny_checkpoint(tmp_path / "dense", layers=4))
+    settings = settings_for(0.2, structure="narrow", align=1, correction_windows=0)
+    made = compress(source.path, tmp_path / "small", settings, text)
+    assert made.plan.layouts
+    assert all(layout.rank == 0 and "mlp" in module for module, layout in made.plan.layouts.items())
+    result = open_checkpoint(made.path)
+    assert torch.equal(
+        result.tensor("model.layers.1.self_attn.q_proj.weight"), source.tensor("model.layers.1.self_attn.q_proj.weight")
+    )
+    assert logits(made.path, torch.arange(3, 30)[None]).isfinite().all()
+
+
+@pytest.mark.parametrize("factors", ["plain", "pivoted", "auto"])
+def test_factors_are_as_asked(tmp_path: Path, text: str, factors: str) -> None:
+    source = tiny_checkpoint(tmp_path / "dense", layers=4)
+    made = compress(source, tmp_path / "small", settings_for(0.3, factors=factors, align=4), text)
+    low_rank = [layout for layout in made.plan.layouts.values() if layout.rank]
+    assert low_rank
+    assert {"plain": not any(x.pivot for x in low_rank), "pivoted": all(x.pivot for x in low_rank), "auto": True}[
+        factors
+    ]
+
+
+def test_second_rate_reads_no_text_and_a_higher_one_predicts_more(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_checkpoint(tmp_path / "dense", layers=5)
+    first = compress(source, tmp_path / "a", settings_for(0.1, align=4), text).plan
+    monkeypatch.setattr("sola_edge.calibration._Collector", None)
+    monkeypatch.setattr("sola_edge.sola.Sola.analyse", None)
+    second = compress(source, tmp_path / "b", settings_for(0.3, align=4), text).plan
+    assert sum(second.predicted_loss.values()) > sum(first.predicted_loss.values()) > 0
+
+
+def test_prediction_is_the_cost_of_the_change(tmp_path: Path, text: str) -> None:
+    """Plain attention factors, no correction: ½ tr(G ΔW S ΔWᵀ) of the stored matrices is what the plan says."""
+    from sola_edge.factorize import cost
+    from sola_edge.layers import recompose
+
+    source = open_checkpoint(tiny_checkpoint(tmp_path / "dense", layers=4))
+    settings = settings_for(0.3, align=4, factors="plain", correction_windows=0)
+    run = prepare(source, settings, text)
+    run.write(tmp_path / "small")
+    result = open_checkpoint(tmp_path / "small")
+    checked = 0
+    for layer in range(4):
+        view = LayerView(run.model, layer, run.statistics)
+        for component in ("q", "k", "v", "o"):
+            module = view.module(component)
+            if module in run.plan.layouts:
+                layout = run.plan.layouts[module]
+                parts = {part: result.tensor(f"{module}.{part}") for part in layout.shapes}
+                change = view.weight(component) - recompose(layout, parts)
+                predicted = run.plan.predicted_loss[module]
+                assert 0.5 * cost(change, view.metric(component)) == pytest.approx(predicted, rel=1e-3)
+                checked += 1
+    assert checked
+
+
+def test_correction_helps_on_the_calibration_text(tmp_path: Path, text: str) -> None:
+    source = tiny_checkpoint(tmp_path / "dense", layers=6)
+    ids = token_windows(load_text(text), byte_tokenizer(), 64, 16)
+    reference = logits(source, ids).log_softmax(-1)
+    errors = []
+    for windows in (0, 16):
+        made = compress(source, tmp_path / f"{windows}", settings_for(0.3, correction_windows=windows), text)
+        found = logits(made.path, ids).log_softmax(-1)
+        errors.append(float((reference.exp() * (reference - found)).sum(-1).mean()))
+    assert 0 < errors[1] < errors[0]
+
+
+class Killed(Exception):
+    """Stands for the end of the process: nothing after it runs but `finally`."""
+
+
+@pytest.mark.parametrize("after", [3, 9, 16, 22])
+def test_killed_and_resumed_gives_the_same_bytes(
+    tmp_path: Path, text: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal stops after some pieces (statistics, analyses, rewritten layers); a second run goes on there."""
+    source = tiny_checkpoint(tmp_path / "dense", layers=4)
+    settings = settings_for(0.3, correction_windows=8)
+    whole = compress(source, tmp_path / "whole", settings, text).path
+    monkeypatch.setattr("sola_edge.calibration.cache_folder", lambda name: tmp_path / "other" / name)
+    monkeypatch.setattr("sola_edge.compress.cache_folder", lambda name: tmp_path / "other" / name)
+    written: list[str] = []
+    own = Journal.writing
+
+    def counted(self: Journal, name: str):
+        if len(written) == after:
+            raise Killed
+        written.append(name)
+        return own(self, name)
+
+    monkeypatch.setattr(Journal, "writing", counted)
+    with pytest.raises(Killed):
+        compress(source, tmp_path / "resumed", settings, text)
+    assert not (tmp_path / "resumed").exists()
+    monkeypatch.setattr(Journal, "writing", own)
+    resumed = compress(source, tmp_path / "resumed", settings, text).path
+    assert sha256_file(resumed / "model.safetensors") == sha256_file(whole / "model.safetensors")
+    assert (resumed / PROVENANCE).read_text() == (whole / PROVENANCE).read_text()
+
+
+def test_a_damaged_piece_is_not_believed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    with journal.writing("piece") as path:
+        path.write_text("content")
+    assert journal.has("piece")
+    assert Journal(tmp_path / "journal").has("piece")
+    journal.path("piece").write_text("other")
+    assert not Journal(tmp_path / "journal").has("piece")
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_full_rank_is_the_dense_model(tmp_path: Path, text: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Permuted neurons, prime split and every matrix factored at full rank: the logits are the dense model's."""
+    from dataclasses import replace
+
     from sola_edge import allocation
     from sola_edge.methods import METHODS
 
-    full = [lambda spectra, _: [len(s.energy) - 1 for s in spectra]]
+    full = replace(METHODS["sola-paper"], allocate=lambda spectra, _: [len(s.energy) - 1 for s in spectra])
     monkeypatch.setattr(allocation.MatrixSpectrum, "dense_parameters", property(lambda self: 10**9))
     monkeypatch.setattr("sola_edge.planning.RATE_TOLERANCE", 1e9)
-    monkeypatch.setattr("sola_edge.compress.method_named", lambda name: METHODS[name])
-    monkeypatch.setattr("sola_edge.planning.method_named", lambda _: type("M", (), {"allocate": staticmethod(full[0])}))
+    monkeypatch.setitem(METHODS, "sola-paper", full)
     source = tiny_checkpoint(tmp_path / "dense", layers=6, bias=bias)
-    made = compress(source, tmp_path / "small", settings_for(0.3), text)
+    made = compress(source, tmp_path / "small", paper(0.3), text)
     assert len(made.plan.layouts) == 2 * 6
     ids = torch.arange(3, 60)[None]
     assert (logits(source, ids) - logits(made.path, ids)).abs().max() < 2e-5
@@ -88,7 +225,7 @@ def test_higher_rate_costs_more(tmp_path: Path, text: str) -> None:
     reference = logits(source, ids)
     errors = []
     for rate in (0.05, 0.15, 0.35):
-        made = compress(source, tmp_path / f"{rate}", settings_for(rate, align=4), text)
+        made = compress(source, tmp_path / f"{rate}", settings_for(rate, align=4, correction_windows=0), text)
         errors.append(float((logits(made.path, ids) - reference).square().mean()))
     assert errors == sorted(errors)
     assert errors[0] > 0
@@ -108,7 +245,10 @@ def test_provenance(tmp_path: Path, text: str) -> None:
     assert content["source"]["weights_sha256"] == {"model.safetensors": sha256_file(source / "model.safetensors")}
     assert content["calibration"]["sha256"] == load_text(text).sha256
     assert content["calibration"]["tokens"] == 16 * 64
-    assert all(0 < share < 1 for share in content["prime_share_of_norm"].values())
+    curves = content["norm_curve"]["norm"]
+    assert len(curves) == 8
+    assert all(curve == sorted(curve) and curve[0] > 0 and curve[-1] <= 1 for curve in curves)
+    assert content["calibration_nll"] > 0
     assert not [path for path in made.path.parent.iterdir() if "partial" in path.name]
 
 
@@ -125,15 +265,18 @@ def test_streamed_statistics_are_the_whole_models(tmp_path: Path, text: str) -> 
         module.register_forward_pre_hook(lambda _, x, name=component: seen.update({name: x[0].flatten(0, 1).double()}))
     with torch.inference_mode():
         model(windows)
-    stream = LayerStream(open_checkpoint(folder), windows)
-    statistics = [stream.advance(layer) for layer in range(5)][3]
+    statistics = collect(open_checkpoint(folder), Calibration(windows, "t", "0"), 0).layer(3)
     for name in ("o", "down"):
-        assert torch.allclose(statistics.grams[name], seen[name].T @ seen[name], rtol=1e-4, atol=1e-4)
-    assert torch.allclose(statistics.norms, seen["down"].abs().mean(0), rtol=1e-4)
+        assert torch.allclose(
+            statistics.inputs[name].double(), seen[name].T @ seen[name] / windows.numel(), rtol=1e-4, atol=1e-5
+        )
+    assert torch.allclose(statistics.norms.double(), seen["down"].abs().mean(0), rtol=1e-4)
+    assert torch.allclose(statistics.means.double(), seen["down"].mean(0), rtol=1e-3, atol=1e-5)
+    assert not statistics.outputs
 
 
 def test_neuron_order_is_a_partition() -> None:
-    order = neuron_order(torch.tensor([0.1, 5.0, 0.3, 4.0, 0.2]), 2)
+    order = prime_order(torch.tensor([0.1, 5.0, 0.3, 4.0, 0.2]), 2)
     assert order.tolist() == [1, 3, 0, 2, 4]
 
 
@@ -173,7 +316,10 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         (["{model}", "out", "--rate", 0.95], "cannot be reached"),
         (["{model}", "out", "--rate", 0.2, "--align", "wide"], "align 'wide'"),
         (["{model}", "out", "--rate", 0.2, "--method", "magic"], "no method 'magic'"),
-        (["{model}", "out", "--rate", 0.2, "--structure", "narrow"], "structure 'narrow'"),
+        (["{model}", "out", "--rate", 0.2, "--structure", "wide"], "no structure 'wide'"),
+        (["{model}", "out", "--rate", 0.2, "--structure", "narrow", "--method", "svd"], "structure 'narrow'"),
+        (["{model}", "out", "--rate", 0.2, "--factors", "odd"], "no factors 'odd'"),
+        (["{model}", "out", "--rate", 0.2, "--gradient-windows", -1], "gradient windows -1"),
         (["{model}", "out", "--rate", 0.2, "--calibration", "{empty}"], "holds no text"),
         (["{model}", "out", "--rate", 0.2, "--calibration", "nowhere.txt"], "cannot read"),
         (["{model}", "{model}/config.json/out", "--rate", 0.2], "cannot create the folder"),
@@ -193,7 +339,7 @@ def test_bad_input_is_one_line_and_code_2(
     (tmp_path / "empty.txt").write_text(" \n")
     before = sorted(tmp_path.iterdir())
     filled = [str(a).format(model=model, empty=tmp_path / "empty.txt") for a in arguments]
-    assert run_cli(monkeypatch, "compress", *filled, "--window", 64) == 2
+    assert run_cli(monkeypatch, "compress", *filled, "--window", 64, "--windows", 8) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     last = [line for line in printed.err.splitlines() if line.strip()][-1]

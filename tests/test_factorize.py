@@ -5,27 +5,42 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sola_edge.factorize import factors, output_basis, retained_energy
+from sola_edge.factorize import Metric, cost, damped, factors, pivoted, remaining, retained_energy, spectrum
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
 
-def random_problem(n_out: int, n_in: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_problem(
+    n_out: int, n_in: int, tokens: int, seed: int, gradients: bool = True
+) -> tuple[torch.Tensor, Metric]:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n_out, n_in, generator=generator, dtype=torch.float64)
-    x = torch.randn(n_in, tokens, generator=generator, dtype=torch.float64)
-    return weight, x
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, g = normal(n_in, tokens), normal(n_out, 2 * n_out)
+    return normal(n_out, n_in), Metric(x @ x.T, damped(g @ g.T) if gradients else None)
 
 
 def test_hand_worked() -> None:
-    # Identity weight: W S Wᵀ = S = diag(9, 4, 1), so the directions are the axes and the energies S's diagonal.
-    weight, gram = torch.eye(3), torch.diag(torch.tensor([4.0, 9.0, 1.0]))
-    basis = output_basis(weight, gram)
-    assert basis.energy.tolist() == pytest.approx([9, 4, 1])
-    assert basis.vectors.abs().tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
-    assert retained_energy(basis.energy).tolist() == pytest.approx([0, 9 / 14, 13 / 14, 1])
-    b, a = factors(weight, basis.vectors, 1)
+    # Identity weight: W S Wᵀ = S = diag(4, 9, 1), so the directions are the axes and the energies S's diagonal.
+    weight, metric = torch.eye(3), Metric(torch.diag(torch.tensor([4.0, 9.0, 1.0], dtype=torch.float64)))
+    energy = spectrum(weight, metric)
+    assert energy.tolist() == pytest.approx([9, 4, 1])
+    assert retained_energy(energy).tolist() == pytest.approx([0, 9 / 14, 13 / 14, 1])
+    assert remaining(energy).tolist() == pytest.approx([14, 5, 1, 0])
+    b, a = factors(weight, metric, 1)
     assert (b @ a).tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+def test_gradients_change_what_matters() -> None:
+    # S = I, W = I: the direction with the largest gradient is kept, though all inputs are alike.
+    g = torch.diag(torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64))
+    metric = Metric(torch.eye(3, dtype=torch.float64), g)
+    assert spectrum(torch.eye(3), metric).tolist() == pytest.approx([5, 3, 1])
+    b, a = factors(torch.eye(3), metric, 1)
+    assert (b @ a).flatten().tolist() == pytest.approx([0, 0, 0, 0, 1, 0, 0, 0, 0], abs=1e-8)
+    assert cost(torch.eye(3), metric) == pytest.approx(9)
 
 
 def test_zero_matrix_retains_everything() -> None:
@@ -33,38 +48,52 @@ def test_zero_matrix_retains_everything() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(SHAPES, st.integers(1, 20), st.integers(0, 1000))
-def test_full_rank_is_exact(shape: tuple[int, int], tokens: int, seed: int) -> None:
+@given(SHAPES, st.integers(1, 20), st.booleans(), st.integers(0, 1000))
+def test_full_rank_is_exact(shape: tuple[int, int], tokens: int, gradients: bool, seed: int) -> None:
     """Also where the Gram matrix is singular (fewer tokens than inputs)."""
-    weight, x = random_problem(*shape, tokens, seed)
-    basis = output_basis(weight, x @ x.T)
-    b, a = factors(weight, basis.vectors, min(shape))
+    weight, metric = random_problem(*shape, tokens, seed, gradients)
+    b, a = factors(weight, metric, min(shape))
     assert b.shape == (shape[0], min(shape))
-    assert torch.allclose(b @ a, weight, atol=1e-6)
+    assert cost(weight - b @ a, metric) <= 1e-6 * max(cost(weight, metric), 1e-9)
 
 
 @settings(max_examples=60, deadline=None)
-@given(SHAPES, st.integers(0, 1000), st.data())
-def test_error_is_the_energy_dropped_and_the_least_possible(
-    shape: tuple[int, int], seed: int, data: st.DataObject
+@given(SHAPES, st.booleans(), st.integers(0, 1000), st.data())
+def test_cost_is_the_energy_dropped_and_the_least_possible(
+    shape: tuple[int, int], gradients: bool, seed: int, data: st.DataObject
 ) -> None:
-    """‖(W − B A) X‖² = Σ_{i>r} σ_i², the Eckart-Young optimum for W X, whichever side is smaller."""
-    weight, x = random_problem(*shape, 30, seed)
+    """tr(G ΔW S ΔWᵀ) = Σ_{i>r} σ_i², the Eckart-Young optimum for G^½ W S^½, whichever side is smaller."""
+    weight, metric = random_problem(*shape, 30, seed, gradients)
     rank = data.draw(st.integers(1, min(shape)))
-    basis = output_basis(weight, x @ x.T)
-    b, a = factors(weight, basis.vectors, rank)
-    error = ((weight - b @ a) @ x).square().sum()
-    optimum = torch.linalg.svdvals(weight @ x)[rank:].square().sum()
-    assert error == pytest.approx(float(optimum), rel=1e-6, abs=1e-6)
-    assert float(basis.energy[rank:].sum()) == pytest.approx(float(optimum), rel=1e-6, abs=1e-6)
+    b, a = factors(weight, metric, rank)
+    left = torch.eye(shape[0], dtype=torch.float64) if metric.g is None else torch.linalg.cholesky(metric.g).T
+    optimum = float(torch.linalg.svdvals(left @ weight @ torch.linalg.cholesky(metric.s))[rank:].square().sum())
+    total = cost(weight, metric)
+    assert cost(weight - b @ a, metric) == pytest.approx(optimum, rel=1e-5, abs=1e-8 * total)
+    assert float(remaining(spectrum(weight, metric))[rank]) == pytest.approx(optimum, rel=1e-5, abs=1e-8 * total)
 
 
 def test_equals_the_published_formula() -> None:
     """The authors' B = U Σ^½, A = Σ^½ Vᵀ L⁻¹ of the SVD of W L give the same product, without our needing L⁻¹."""
-    weight, x = random_problem(10, 6, 50, 1)
-    gram = x @ x.T
-    lower = torch.linalg.cholesky(gram)
-    u, s, vt = torch.linalg.svd(weight @ lower, full_matrices=False)
-    published = (u[:, :3] * s[:3]) @ vt[:3] @ torch.linalg.inv(lower)
-    b, a = factors(weight, output_basis(weight, gram).vectors, 3)
-    assert torch.allclose(b @ a, published, atol=1e-9)
+    for shape in ((10, 6), (6, 10)):
+        weight, metric = random_problem(*shape, 50, 1, gradients=False)
+        lower = torch.linalg.cholesky(metric.s)
+        u, s, vt = torch.linalg.svd(weight @ lower, full_matrices=False)
+        published = (u[:, :3] * s[:3]) @ vt[:3] @ torch.linalg.inv(lower)
+        b, a = factors(weight, metric, 3)
+        assert torch.allclose(b @ a, published, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 30), st.integers(1, 20), st.integers(0, 1000), st.data())
+def test_pivots_lose_nothing_and_stay_small(rows: int, columns: int, seed: int, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    generator = torch.Generator().manual_seed(seed)
+    b = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
+    a = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
+    found = pivoted(b, a)
+    assert sorted(found.order.tolist()) == list(range(rows))
+    assert found.a.numel() + found.b.numel() == rank * (rows + columns - rank)
+    product = torch.cat([found.a, found.b @ found.a])
+    assert torch.allclose(product, (b @ a)[found.order], atol=1e-8)
+    assert not found.b.numel() or found.b.abs().max() <= 1.05 + 1e-9

@@ -1,23 +1,28 @@
 """The GGUF export: names, types and sizes by themselves; values against PyTorch through llama.cpp."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from layouts import EQUALLY_NARROW, HIDDEN, LAYERS, MIXED, NARROW, NEURONS, Layouts, checkpoint_with, down, gate
 from llama_cpp_runner import divergence, llama_cpp_logits, probe, rewritten, torch_logits
 
 from exporters.gguf import export
+from exporters.gguf.forms import OURS, choose_form
 from exporters.gguf.names import interleave
 from exporters.gguf.types import TYPES
 from exporters.llama_cpp import Build
-from sola_edge.architecture import COMPONENTS
-from sola_edge.checkpoint import CheckpointWriter, open_checkpoint, storage_config
+from sola_edge.architecture import COMPONENTS, kv_heads, matrix_shape
+from sola_edge.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, storage_config
 from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.files import replace_folder
+from sola_edge.layers import recompose
 from sola_edge.testing import tiny_checkpoint
 
 VARIANTS = {
@@ -36,7 +41,40 @@ VARIANTS = {
     },
     "llama-linear-rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "mistral": {"model_type": "mistral", "tied": False, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
 }
+
+
+LAYOUTS: dict[str, tuple[Layouts, dict[str, Any]]] = {
+    "every-layout": (MIXED, {}),
+    "every-layout-biased": (MIXED, {"bias": True, "tied": False}),
+    "every-layout-mistral": (MIXED, VARIANTS["mistral"]),
+    "every-layout-llama3-rope": (MIXED, VARIANTS["llama3-rope"]),
+    "narrow": (NARROW, {}),
+    "narrow-biased": (NARROW, {"bias": True, "tied": False}),
+    "narrow-wide-heads": (NARROW, {"head_dim": 32}),
+    "narrow-mistral": (NARROW, VARIANTS["mistral"]),
+    "narrow-llama3-rope": (NARROW, VARIANTS["llama3-rope"]),
+    "narrow-linear-rope": (NARROW, VARIANTS["llama-linear-rope"]),
+    "equally-narrow": (EQUALLY_NARROW, {}),
+    "every-layout-qwen2": ({key: replace(layout, bias=False) for key, layout in MIXED.items()}, VARIANTS["qwen2"]),
+}
+# Written larger than they are, for their gather or because llama.cpp wants q's and k's rows in another order.
+EXPANDED = {
+    *("blk.1.attn_k", "blk.1.attn_v", "blk.1.attn_output", "blk.2.attn_q", "blk.2.attn_k", "blk.2.attn_output"),
+    *("blk.3.attn_q", "blk.3.ffn_up", "blk.3.ffn_down", "blk.5.ffn_up"),
+}
+EXPANDED_TO_WHOLE = {"blk.2.attn_k", "blk.2.attn_output", "blk.3.attn_q"}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint_with(tmp_path_factory.mktemp("gguf") / "mixed", MIXED)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint_with(tmp_path_factory.mktemp("gguf") / "narrow", NARROW)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +220,131 @@ def test_an_unknown_vocabulary_is_recognised_by_its_rule(dense: Path, tmp_path: 
         export(folder, tmp_path / "odd.gguf", "f16")
 
 
+def matrix_in_file(tensors: dict[str, np.ndarray], base: str, n_out: int, n_in: int) -> np.ndarray:
+    """W (n_out, n_in) of a matrix in a hybrid file, told from the shapes of its tensors as llama_cpp.md says."""
+    if f"{base}.weight" in tensors:
+        return tensors[f"{base}.weight"]
+    kept, a, b = (tensors.get(f"{base}.{suffix}.weight") for suffix in ("prime", "lr_a", "lr_b"))
+    if a is None or b is None:
+        assert kept is not None
+        return kept
+    split_in = kept is not None and a.shape[1] < n_in
+    rest = n_out - (0 if kept is None or split_in else len(kept))
+    product = b @ a if len(b) == rest else np.vstack([a, b @ a])
+    return product if kept is None else np.concatenate([kept, product], axis=int(split_in))
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: np.array(t.data).reshape(tuple(int(n) for n in reversed(t.shape))) for t in reader_of(path).tensors}
+
+
+def recomposed(checkpoint: Checkpoint, module: str) -> np.ndarray:
+    """The module's matrix, rows of q and k in the order of the file."""
+    layout = checkpoint.layout[module]
+    weight = recompose(layout, {part: checkpoint.tensor(f"{module}.{part}") for part in layout.shapes}).numpy()
+    heads = {"q": checkpoint.config.num_attention_heads, "k": kv_heads(checkpoint.config)}
+    component = checkpoint.architecture.component_of(module) or ""
+    return interleave(weight, heads[component]) if component in heads else weight
+
+
+GGUF_NAMES = dict(
+    zip(COMPONENTS, ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), strict=True)
+)
+
+
+def test_a_hybrid_file_holds_every_layout(mixed: Path, tmp_path: Path) -> None:
+    result = export(mixed, tmp_path / "x.gguf", "f32")
+    tensors, checkpoint = tensors_of(tmp_path / "x.gguf"), open_checkpoint(mixed)
+    for (layer, component), layout in MIXED.items():
+        module, base = checkpoint.architecture.module(layer, component), f"blk.{layer}.{GGUF_NAMES[component]}"
+        found = matrix_in_file(tensors, base, layout.n_out, layout.n_in)
+        np.testing.assert_allclose(found, recomposed(checkpoint, module), atol=1e-5, err_msg=base)
+        stored = {name.removeprefix(f"{base}.") for name in tensors if name.startswith(f"{base}.")}
+        dense_size = (layout.n_out, layout.n_in) == matrix_shape(checkpoint.config, component)
+        if layout.rank == 0 or base in EXPANDED_TO_WHOLE:
+            assert stored - {"bias"} == {"weight" if dense_size else "prime.weight"}
+        else:
+            assert {"lr_a.weight", "lr_b.weight"} <= stored and "weight" not in stored
+        pivoted = layout.pivot and base not in EXPANDED
+        assert not pivoted or len(tensors[f"{base}.lr_b.weight"]) == layout.low_rank_shape[0] - layout.rank
+        assert layout.bias == ("bias" in stored)
+    assert set(result.expanded) == EXPANDED and len(result.expanded) == len(EXPANDED)
+    assert not result.stock
+    assert reader_of(tmp_path / "x.gguf").fields["llama.feed_forward_length"].contents() == NEURONS
+
+
+def test_what_is_expanded_is_never_larger_than_dense(mixed: Path, tmp_path: Path) -> None:
+    result = export(mixed, tmp_path / "x.gguf", "f32")
+    tensors = tensors_of(tmp_path / "x.gguf")
+    of_base = {f"blk.{layer}.{GGUF_NAMES[component]}": row for (layer, component), row in MIXED.items()}
+    for base in result.expanded:
+        size = sum(
+            tensor.size for name, tensor in tensors.items() if name.startswith(f"{base}.") and "bias" not in name
+        )
+        assert size <= of_base[base].n_out * of_base[base].n_in
+
+
+def test_a_narrow_file_is_what_any_llama_cpp_loads(narrow: Path, tmp_path: Path) -> None:
+    result = export(narrow, tmp_path / "x.gguf", "f32")
+    fields = {key: field.contents() for key, field in reader_of(tmp_path / "x.gguf").fields.items()}
+    assert fields["general.architecture"] == "deci"
+    assert fields["deci.feed_forward_length"] == [NEURONS, 96, 40, NEURONS, 128, NEURONS]
+    assert fields["deci.attention.head_count_kv"] == 2
+    assert not [key for key in fields if key.startswith("llama.")]
+    shapes = {name: tensor.shape for name, tensor in tensors_of(tmp_path / "x.gguf").items()}
+    assert shapes["blk.2.ffn_gate.weight"] == (40, HIDDEN) and shapes["blk.2.ffn_down.weight"] == (HIDDEN, 40)
+    assert shapes["blk.1.ffn_down.bias"] == (HIDDEN,)
+    assert not [name for name in shapes if name.endswith(OURS)]
+    assert result.stock and result.expanded == ()
+    assert result.tensor_bytes == 4 * open_checkpoint(narrow).parameters()
+
+
+def test_a_narrow_file_keeps_the_architecture_where_layers_are_alike(tmp_path: Path) -> None:
+    source = checkpoint_with(tmp_path / "checkpoint", EQUALLY_NARROW)
+    result = export(source, tmp_path / "x.gguf", "f32")
+    fields = {key: field.contents() for key, field in reader_of(tmp_path / "x.gguf").fields.items()}
+    assert (fields["general.architecture"], fields["llama.feed_forward_length"]) == ("llama", 96)
+    assert result.stock and open_checkpoint(result.path).config.intermediate_size == 96
+
+
+def test_a_narrow_model_whose_architecture_has_one_width_is_hybrid(narrow: Path) -> None:
+    unbiased = {place: replace(layout, bias=False) for place, layout in NARROW.items()}
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj gained a bias.*qwen2"):
+        choose_form(open_checkpoint(narrow), "qwen2", dense=False)
+    checkpoint = open_checkpoint(checkpoint_with(narrow.parent / "unbiased", unbiased))
+    assert choose_form(checkpoint, "qwen2", dense=False).kind == "hybrid"
+    assert choose_form(checkpoint, "llama", dense=False).kind == "narrow"
+
+
+@pytest.mark.parametrize("kind", ["mixed", "narrow"])
+def test_dense_puts_zeros_where_neurons_were(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    source = request.getfixturevalue(kind)
+    result = export(source, tmp_path / "x.gguf", "f32", dense=True)
+    checkpoint, back = open_checkpoint(source), open_checkpoint(result.path)
+    assert result.stock and result.expanded == () and not back.layout
+    for module, layout in checkpoint.layout.items():
+        component = checkpoint.architecture.component_of(module) or ""
+        expected = torch.zeros(matrix_shape(checkpoint.config, component))
+        parts = {part: checkpoint.tensor(f"{module}.{part}") for part in layout.shapes}
+        expected[: layout.n_out, : layout.n_in] = recompose(layout, parts)
+        torch.testing.assert_close(back.tensor(f"{module}.weight"), expected)
+        if layout.bias:
+            found = back.tensor(f"{module}.bias")
+            torch.testing.assert_close(found[: layout.n_out], checkpoint.tensor(f"{module}.bias"))
+            assert not found[layout.n_out :].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_llama_cpp_computes_every_layout(case: str, tmp_path: Path, llama_cpp_build: Build) -> None:
+    layouts, values = LAYOUTS[case]
+    folder = checkpoint_with(tmp_path / "checkpoint", layouts, **values)
+    expected = torch_logits(folder)
+    for type, dense, limit in (("f32", False, 1e-6), ("f32", True, 1e-6), ("f16", False, 2e-3)):
+        export(folder, tmp_path / "x.gguf", type, dense=dense)
+        assert divergence(expected, llama_cpp_logits(llama_cpp_build, tmp_path / "x.gguf")) < limit, (type, dense)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_computes_what_pytorch_does(variant: str, tmp_path: Path, llama_cpp_build: Build) -> None:
@@ -204,18 +367,31 @@ def test_factors_of_full_rank_are_the_dense_model(dense: Path, tmp_path: Path, l
     assert divergence(torch_logits(dense), found) < 1e-6
 
 
+WHOLE_BLOCKS: Layouts = {
+    (layer, component): layout
+    for layer in range(1, LAYERS - 1)
+    for component, layout in (
+        ("gate", gate(96, 32, 32, pivot=True)),
+        ("up", gate(96, 32, 32, pivot=True, gather=True)),
+        ("down", down(96, 32, 32, pivot=True)),
+    )
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["factors", "pivots"])
 @pytest.mark.parametrize("type", ["q8_0", "q4_0"])
-def test_quantized_factors_run(compressed: Path, tmp_path: Path, llama_cpp_build: Build, type: str) -> None:
+def test_quantized_factors_run(compressed: Path, tmp_path: Path, llama_cpp_build: Build, type: str, kind: str) -> None:
     """Against the same values in F32: only the rounding of activations is left, which is the dense model's too."""
     errors = []
-    for recomposed in (False, True):
-        quantized = export(compressed, tmp_path / "x.gguf", type, dense=recomposed).path
+    source = compressed if kind == "factors" else checkpoint_with(tmp_path / "checkpoint", WHOLE_BLOCKS)
+    for dense in (False, True):
+        quantized = export(source, tmp_path / "x.gguf", type, dense=dense).path
         values = rewritten(quantized, tmp_path / "f32.gguf", lambda _, values: values)
         expected = llama_cpp_logits(llama_cpp_build, values)
         errors.append(divergence(expected, llama_cpp_logits(llama_cpp_build, quantized)))
-    factored, dense = errors
-    assert factored < 3 * dense < 1
+    factored, multiplied_out = errors
+    assert factored < 3 * multiplied_out < 1
 
 
 @pytest.mark.slow

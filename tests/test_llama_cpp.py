@@ -1,12 +1,15 @@
 """Our addition to llama.cpp and its build: the insertions, the cache, and what a model with factors may do there."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from layouts import HIDDEN, MIXED, NEURONS, checkpoint_with
 from llama_cpp_runner import Refused, llama_cpp_logits, probe, rewritten
 
 from exporters.gguf import export
@@ -116,48 +119,104 @@ def test_a_second_build_builds_nothing(llama_cpp_build: Build, monkeypatch: pyte
     assert llama_cpp_build.converter.is_file()
 
 
+FFN = 200  # so that there are more prime neurons (40) than ranks (32)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with factors, F32."""
     folder = tmp_path_factory.mktemp("factors")
-    tiny_checkpoint(folder / "checkpoint", compressed=True)
+    tiny_checkpoint(folder / "checkpoint", compressed=True, ffn=FFN)
     return export(folder / "checkpoint", folder / "model.gguf", "f32").path
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with every layout, F32."""
+    folder = tmp_path_factory.mktemp("mixed")
+    checkpoint_with(folder / "checkpoint", MIXED)
+    return export(folder / "checkpoint", folder / "model.gguf", "f32").path
+
+
+DAMAGES: dict[str, Callable[[np.ndarray], np.ndarray | None]] = {
+    "missing": lambda values: None,
+    "a row less": lambda values: values[:-1],
+    "a column less": lambda values: values[:, :-1],
+    "a row more": lambda values: np.vstack([values, values[:1]]),
+    "transposed": lambda values: values.T,
+    "one row": lambda values: values[:1],
+}
+
+
+def damaged(model: Path, target: Path, name: str, change: str) -> Path:
+    return rewritten(model, target, lambda found, values: DAMAGES[change](values) if found == name else values)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["ffn_gate.prime", "ffn_gate.lr_a", "ffn_down.lr_b", "ffn_down.prime", "attn_q.lr_a", "attn_q.lr_b"]
 )
-@pytest.mark.parametrize("change", ["missing", "a row less", "a column less", "a row more", "transposed", "one row"])
+@pytest.mark.parametrize("change", DAMAGES)
 def test_bad_factors_are_refused_by_name(
     model: Path, tmp_path: Path, llama_cpp_build: Build, name: str, change: str
 ) -> None:
-    wanted = f"blk.2.{name}.weight"
-
-    def damage(found: str, values: np.ndarray) -> np.ndarray | None:
-        if found != wanted:
-            return values
-        damaged = {
-            "missing": None,
-            "a row less": values[:-1],
-            "a column less": values[:, :-1],
-            "a row more": np.vstack([values, values[:1]]),
-            "transposed": values.T,
-            "one row": values[:1],
-        }
-        return damaged[change]
-
-    path = rewritten(model, tmp_path / "x.gguf", damage)
     with pytest.raises(Refused) as error:
+        probe(llama_cpp_build, damaged(model, tmp_path / "x.gguf", f"blk.2.{name}.weight", change))
+    matrix = name.rsplit(".", 1)[0]
+    assert f"blk.2.{matrix}." in str(error.value), error.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("blk.1.ffn_gate.prime", "blk.1.ffn_down.prime"),  # whole
+        *("blk.3.ffn_gate.lr_a", "blk.3.attn_output.lr_b", "blk.4.ffn_gate.lr_b"),  # pivoted
+        *("blk.4.ffn_up.prime", "blk.4.ffn_down.lr_a"),
+    ],
+)
+@pytest.mark.parametrize("change", DAMAGES)
+def test_tensors_of_a_narrower_layer_must_agree(
+    mixed: Path, tmp_path: Path, llama_cpp_build: Build, name: str, change: str
+) -> None:
+    with pytest.raises(Refused) as error:
+        probe(llama_cpp_build, damaged(mixed, tmp_path / "x.gguf", f"{name}.weight", change))
+    assert re.search(
+        rf"tensor '{name[:6]}[a-z_.]+' (has wrong shape|not found)|missing tensor '{name[:6]}", str(error.value)
+    )
+
+
+@pytest.mark.slow
+def test_a_bias_of_a_narrower_layer_must_agree(mixed: Path, tmp_path: Path, llama_cpp_build: Build) -> None:
+    path = damaged(mixed, tmp_path / "x.gguf", "blk.1.ffn_up.bias", "a row less")
+    with pytest.raises(
+        Refused, match=r"'blk\.1\.ffn_up\.bias' has wrong shape.*ffn_down\.weight the layer has 104 of 160"
+    ):
         probe(llama_cpp_build, path)
-    matrix = wanted.rsplit(".", 2)[0]
-    assert f"{matrix}." in str(error.value), error.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [104, NEURONS])
+def test_an_ordinary_matrix_fits_a_narrower_layer_if_it_is_as_wide(
+    mixed: Path, tmp_path: Path, llama_cpp_build: Build, width: int
+) -> None:
+    reader = gguf.GGUFReader(mixed)
+    prime = next(np.array(tensor.data) for tensor in reader.tensors if tensor.name == "blk.1.ffn_gate.prime.weight")
+    without = damaged(mixed, tmp_path / "without.gguf", "blk.1.ffn_gate.prime.weight", "missing")
+    extra = {"blk.1.ffn_gate.weight": np.resize(prime, (width, HIDDEN))}
+    path = rewritten(without, tmp_path / "x.gguf", lambda _, values: values, extra)
+    if width == NEURONS:
+        with pytest.raises(Refused, match=r"'blk\.1\.ffn_gate\.weight' has wrong shape"):
+            probe(llama_cpp_build, path)
+    else:
+        expected = llama_cpp_logits(llama_cpp_build, mixed)
+        np.testing.assert_array_equal(llama_cpp_logits(llama_cpp_build, path), expected)
 
 
 @pytest.mark.slow
 def test_factors_beside_their_dense_matrix_are_refused(model: Path, tmp_path: Path, llama_cpp_build: Build) -> None:
     """The dense matrix is taken, and the file then has more tensors than the model."""
-    extra = {"blk.2.ffn_down.weight": np.zeros((64, 160), np.float32)}
+    extra = {"blk.2.ffn_down.weight": np.zeros((64, FFN), np.float32)}
     path = rewritten(model, tmp_path / "x.gguf", lambda _, values: values, extra)
     with pytest.raises(Refused, match="wrong number of tensors"):
         probe(llama_cpp_build, path)
@@ -170,21 +229,27 @@ def test_loading_a_hundred_times_does_not_leak(model: Path, llama_cpp_build: Bui
 
 
 @pytest.mark.slow
-def test_a_saved_model_is_the_model(model: Path, tmp_path: Path, llama_cpp_build: Build) -> None:
-    saved = tmp_path / "saved.gguf"
+@pytest.mark.parametrize("kind", ["model", "mixed"])
+def test_a_saved_model_is_the_model(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, llama_cpp_build: Build
+) -> None:
+    model, saved = request.getfixturevalue(kind), tmp_path / "saved.gguf"
     expected = llama_cpp_logits(llama_cpp_build, model, save=str(saved))
     np.testing.assert_array_equal(llama_cpp_logits(llama_cpp_build, saved), expected)
 
 
-def lora_adapter(path: Path, shapes: dict[str, tuple[int, int]]) -> Path:
-    """A random rank-4 adapter for weights of these (n_out, n_in)."""
+def lora_adapter(path: Path, shapes: dict[str, tuple[int, int]], neurons: int | None = None) -> Path:
+    """A random rank-4 adapter for weights of these (n_out, n_in); `neurons`: as many in down, the last ones as zeros."""
     rng = np.random.default_rng(5)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 4.0)
     for name, (n_out, n_in) in shapes.items():
-        writer.add_tensor(f"{name}.lora_a", rng.normal(size=(4, n_in)).astype(np.float32) / 8)
+        a = rng.normal(size=(4, n_in)).astype(np.float32) / 8
+        if neurons and "ffn_down" in name:
+            a = np.pad(a, ((0, 0), (0, neurons - n_in)))
+        writer.add_tensor(f"{name}.lora_a", a)
         writer.add_tensor(f"{name}.lora_b", rng.normal(size=(n_out, 4)).astype(np.float32) / 8)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -193,12 +258,28 @@ def lora_adapter(path: Path, shapes: dict[str, tuple[int, int]]) -> Path:
     return path
 
 
+def check_adapter(build: Build, model: Path, shapes: dict[str, tuple[int, int]], neurons: int, folder: Path) -> None:
+    """Check that an adapter does to the model what it does to the same model with its factors multiplied out."""
+    dense = export(model.parent / "checkpoint", folder / "dense.gguf", "f32", dense=True).path
+    of_dense = str(lora_adapter(folder / "of_dense.gguf", shapes, neurons))
+    expected = llama_cpp_logits(build, dense, lora=of_dense)
+    found = llama_cpp_logits(build, model, lora=str(lora_adapter(folder / "lora.gguf", shapes)))
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert np.abs(expected - llama_cpp_logits(build, dense)).max() > 0.1
+
+
 @pytest.mark.slow
 def test_lora_adapters_work_on_factored_weights(model: Path, tmp_path: Path, llama_cpp_build: Build) -> None:
-    dense = export(model.parent / "checkpoint", tmp_path / "dense.gguf", "f32", dense=True).path
-    shapes = {"blk.1.ffn_gate.weight": (160, 64), "blk.2.ffn_down.weight": (64, 160), "blk.2.attn_q.weight": (64, 64)}
-    adapter = str(lora_adapter(tmp_path / "lora.gguf", shapes))
-    expected = llama_cpp_logits(llama_cpp_build, dense, lora=adapter)
-    found = llama_cpp_logits(llama_cpp_build, model, lora=adapter)
-    np.testing.assert_allclose(found, expected, atol=2e-3)
-    assert np.abs(expected - llama_cpp_logits(llama_cpp_build, dense)).max() > 0.1
+    shapes = {"blk.1.ffn_gate.weight": (FFN, 64), "blk.2.ffn_down.weight": (64, FFN), "blk.2.attn_q.weight": (64, 64)}
+    check_adapter(llama_cpp_build, model, shapes, FFN, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "n_out", "n_in"),
+    [("blk.1.ffn_down", HIDDEN, 104), ("blk.4.ffn_down", HIDDEN, 80), ("blk.5.ffn_gate", NEURONS, HIDDEN)],
+)
+def test_lora_adapters_work_on_narrower_and_pivoted_weights(
+    mixed: Path, tmp_path: Path, llama_cpp_build: Build, name: str, n_out: int, n_in: int
+) -> None:
+    check_adapter(llama_cpp_build, mixed, {f"{name}.weight": (n_out, n_in)}, NEURONS, tmp_path)

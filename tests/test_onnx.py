@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from layouts import EQUALLY_NARROW, MIXED, NARROW, Layouts, checkpoint_with, down, gate
 from transformers import AutoModelForCausalLM
 
 import exporters.onnx
@@ -45,13 +46,23 @@ CASES: dict[str, dict[str, Any]] = {
     "only-up-factored": {"compressed": True, "dense_components": ("gate", "down")},
     "only-down-factored": {"compressed": True, "dense_components": ("gate", "up")},
 }
+LAYOUTS: dict[str, tuple[Layouts, dict[str, Any]]] = {
+    "every-layout": (MIXED, {}),
+    "every-layout-biased": (MIXED, {"bias": True, "tied": False}),
+    "narrow": (NARROW, {}),
+    "equally-narrow": (EQUALLY_NARROW, {"model_type": "mistral", "sliding_window": None}),
+}
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[*CASES, *LAYOUTS])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportResult]:
     """(checkpoint folder, its export) of each case."""
     folder = tmp_path_factory.mktemp(request.param)
-    source = tiny_checkpoint(folder / "checkpoint", layers=3, **CASES[request.param])
+    if request.param in CASES:
+        source = tiny_checkpoint(folder / "checkpoint", layers=3, **CASES[request.param])
+    else:
+        layouts, values = LAYOUTS[request.param]
+        source = checkpoint_with(folder / "checkpoint", layouts, **values)
     return source, exporters.onnx.export(source, folder / "onnx")
 
 
@@ -136,6 +147,21 @@ def test_genai_generates_what_pytorch_generates(exported: tuple[Path, ExportResu
     assert genai_greedy(result, prompt, 32) == torch_greedy(source, prompt, 32)
 
 
+@pytest.mark.parametrize("exported", LAYOUTS, indirect=True)
+def test_optimum_computes_what_pytorch_does(exported: tuple[Path, ExportResult]) -> None:
+    """An independent client: logits, and greedy tokens through its own cache."""
+    optimum = pytest.importorskip("optimum.onnxruntime")
+    source, result = exported
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    folder, prompt = result.path.parent, TOKENS[:1, :16]
+    model = optimum.ORTModelForCausalLM.from_pretrained(folder, session_options=options)
+    assert_close(model(TOKENS, attention_mask=torch.ones_like(TOKENS)).logits.numpy(), torch_logits(source, TOKENS))
+    counted: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **counted)
+    assert found[0].tolist() == torch_greedy(source, prompt, 16)
+
+
 def test_genai_tokenizes_as_transformers_does(tmp_path: Path) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
     source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
@@ -186,6 +212,27 @@ def test_pieces_meet_only_where_they_must(tmp_path: Path, dense: tuple[str, ...]
     source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True, layers=3, dense_components=dense)
     kinds = operators(exporters.onnx.export(source, tmp_path / "onnx"))
     assert (kinds["Concat"], kinds["Split"]) == (concats, splits)
+
+
+ONE_PRIME: Layouts = {
+    (1, "gate"): gate(96, 24, 16, pivot=True),
+    (1, "up"): gate(96, 24, 16, pivot=True, gather=True),
+    (1, "down"): down(96, 24, 16, pivot=True, gather=True),
+}
+SEVERAL_PRIMES = {**ONE_PRIME, (1, "gate"): gate(96, 32, 16, pivot=True)}
+
+
+@pytest.mark.parametrize(
+    ("layouts", "concats", "gathers", "splits"), [(ONE_PRIME, 3, 2, 0), (SEVERAL_PRIMES, 5, 2, 1), (NARROW, 0, 0, 0)]
+)
+def test_pivots_take_a_concat_and_stay_in_their_branch(
+    tmp_path: Path, layouts: Layouts, concats: int, gathers: int, splits: int
+) -> None:
+    """A concat for each pivoted matrix, and beyond that where gate and up must be joined and down cuts them."""
+    source = checkpoint_with(tmp_path / "checkpoint", layouts)
+    kinds = operators(exporters.onnx.export(source, tmp_path / "onnx"))
+    embedding_and_length = 2
+    assert (kinds["Concat"], kinds["Gather"] - embedding_and_length, kinds["Split"]) == (concats, gathers, splits)
 
 
 def test_metadata_and_configs_say_what_it_is(tmp_path: Path) -> None:

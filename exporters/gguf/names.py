@@ -1,7 +1,6 @@
 """What a checkpoint's modules are called in GGUF, and which of their rows GGUF reorders.
 
-Names come from gguf's own table. A factored matrix `blk.N.ffn_gate` becomes `blk.N.ffn_gate.prime.weight`,
-`.lr_a.weight` and `.lr_b.weight`.
+Names come from gguf's own table.
 """
 
 import gguf
@@ -11,8 +10,6 @@ from sola_edge.architecture import kv_heads
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
 from sola_edge.gguf_source import INTERLEAVED_ROPE
-
-FACTOR_SUFFIXES = {"prime": "prime.weight", "A": "lr_a.weight", "B": "lr_b.weight"}
 
 
 class Names:

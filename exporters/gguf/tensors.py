@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
-from exporters.gguf.names import FACTOR_SUFFIXES, Names, interleave
+from exporters.gguf.forms import Form, bias, expands, parts
+from exporters.gguf.names import Names, interleave
 from exporters.gguf.types import FALLBACK, TypeRow, fits, stored_bytes
 from sola_edge.architecture import rope_settings, rope_type
 from sola_edge.checkpoint import Checkpoint
-from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
 
 
@@ -31,46 +32,46 @@ class Tensor:
         return stored_bytes(self.shape, self.type)
 
 
-def tensors(checkpoint: Checkpoint, names: Names, row: TypeRow, dense: bool) -> Iterator[Tensor]:
-    """All tensors of the file in its order: embedding, layers, final norm, head.
+def tensors(checkpoint: Checkpoint, names: Names, row: TypeRow, form: Form) -> Iterator[Tensor]:
+    """All tensors of the file in its order: embedding, layers, final norm, head. Reads no weights.
 
-    `dense` multiplies factors out. Reads no weights. Raises UserError for a layout that GGUF cannot hold.
+    Raises UserError for RoPE scaling that GGUF cannot hold.
     """
     architecture = checkpoint.architecture
-    yield from _module(checkpoint, names, architecture.embedding, row.embedding, dense)
+    yield from _module(checkpoint, names, architecture.embedding, row.embedding, form)
     yield from _rope_frequencies(checkpoint)
-    parts = ("attention_norm", "q", "k", "v", "o", "ffn_norm", "gate", "up", "down")
+    components = ("attention_norm", "q", "k", "v", "o", "ffn_norm", "gate", "up", "down")
     for i in range(checkpoint.config.num_hidden_layers):
-        for part in parts:
-            yield from _module(checkpoint, names, architecture.module(i, part), row.matrix, dense)
-    yield from _module(checkpoint, names, architecture.final_norm, row.matrix, dense)
+        for component in components:
+            yield from _module(checkpoint, names, architecture.module(i, component), row.matrix, form)
+    yield from _module(checkpoint, names, architecture.final_norm, row.matrix, form)
     if not checkpoint.tied:
-        yield from _module(checkpoint, names, architecture.head, row.embedding, dense)
+        yield from _module(checkpoint, names, architecture.head, row.embedding, form)
+
+
+def expanded(checkpoint: Checkpoint, names: Names, form: Form) -> tuple[str, ...]:
+    """GGUF names of the matrices that are larger in the file than in the checkpoint, because ggml gathers no channels."""
+    found = (
+        (module, expands(form, row, bool(names.permuted_heads(module)))) for module, row in checkpoint.layout.items()
+    )
+    return tuple(names.base(module) for module, is_expanded in found if is_expanded)
 
 
 def _module(
-    checkpoint: Checkpoint, names: Names, module: str, qtype: GGMLQuantizationType, dense: bool
+    checkpoint: Checkpoint, names: Names, module: str, qtype: GGMLQuantizationType, form: Form
 ) -> Iterator[Tensor]:
     base, heads = names.base(module), names.permuted_heads(module)
-    layout = checkpoint.layout.get(module)
-    if layout is None:
-        name = f"{module}.weight"
-        yield _tensor(f"{base}.weight", checkpoint.shape(name), qtype, _reader(checkpoint, name, heads))
-    elif dense:
-
-        def recomposed() -> np.ndarray:
-            return _permuted(recompose(checkpoint, module, layout), heads)
-
-        yield _tensor(f"{base}.weight", (layout.n_out, layout.n_in), qtype, recomposed)
+    if module in checkpoint.layout:
+        for part in parts(checkpoint, module, form, bool(heads)):
+            read = _reader(part.read, heads if part.outputs else None)
+            yield _tensor(f"{base}.{part.suffix}", part.shape, qtype, read)
     else:
-        if heads and layout.prime:
-            raise UserError(f"{module} has prime rows, which GGUF's order of attention rows cannot hold; use --dense")
-        for part, shape in layout.shapes.items():
-            read = _reader(checkpoint, f"{module}.{part}", heads if part == "B" else None)
-            yield _tensor(f"{base}.{FACTOR_SUFFIXES[part]}", shape, qtype, read)
-    bias = checkpoint.bias_name(module)
-    if bias:
-        yield _tensor(f"{base}.bias", checkpoint.shape(bias), qtype, _reader(checkpoint, bias, heads))
+        name = f"{module}.weight"
+        yield _tensor(f"{base}.weight", checkpoint.shape(name), qtype, _reader(partial(checkpoint.tensor, name), heads))
+    name_of_bias = checkpoint.bias_name(module)
+    if name_of_bias:
+        shape, values = bias(checkpoint, name_of_bias, form)
+        yield _tensor(f"{base}.bias", shape, qtype, _reader(values, heads))
 
 
 def _tensor(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType, read: Callable[[], np.ndarray]) -> Tensor:
@@ -80,22 +81,14 @@ def _tensor(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType, read
     return Tensor(name, shape, FALLBACK if fallback else qtype, fallback, read)
 
 
-def _reader(checkpoint: Checkpoint, name: str, heads: int | None) -> Callable[[], np.ndarray]:
-    return lambda: _permuted(checkpoint.tensor(name).float(), heads)
+def _reader(read: Callable[[], torch.Tensor], heads: int | None) -> Callable[[], np.ndarray]:
+    """Float32 values; `heads`: with the rows of each head in interleaved pairs."""
 
+    def values() -> np.ndarray:
+        array = read().float().numpy()
+        return interleave(array, heads) if heads else array
 
-def _permuted(values: torch.Tensor, heads: int | None) -> np.ndarray:
-    array = values.numpy()
-    return interleave(array, heads) if heads else array
-
-
-def recompose(checkpoint: Checkpoint, module: str, layout: MatrixLayout) -> torch.Tensor:
-    """The dense W (n_out, n_in), float32, that a factored matrix stands for."""
-    product = checkpoint.tensor(f"{module}.B").float() @ checkpoint.tensor(f"{module}.A").float()
-    if not layout.prime:
-        return product
-    prime = checkpoint.tensor(f"{module}.prime").float()
-    return torch.cat([prime, product], dim=0 if layout.split == "out" else 1)
+    return values
 
 
 def _rope_frequencies(checkpoint: Checkpoint) -> Iterator[Tensor]:

@@ -42,7 +42,7 @@ INSERTIONS = (
         "src/llama-model.cpp",
         "ggml_tensor * llama_model_base::create_tensor(llama_model_loader & ml, const LLM_TN_IMPL & tn, "
         "const std::initializer_list<int64_t> & ne, int flags) {\n",
-        "    if (llama_factors::in_file(ml, tn, ne)) {\n"
+        "    if (llama_factors::in_file(*this, ml, tn, ne)) {\n"
         "        return factors.create(*this, ml, tn, ne, flags);\n    }\n",
         "after",
     ),

@@ -186,10 +186,10 @@ class Decoder:
 
             x ─┬─ gate.prime ─ act ─┐
                ├─ up.prime ──────── Mul ─ down.prime ─────────┐
-               ├─ gate.A ─ gate.B ─ act ─┐                     Add ─ output
-               └─ up.A ─ up.B ────────── Mul ─ down.A ─ down.B ┘
+               ├─ gate's low rank ─ act ─┐                     Add ─ output
+               └─ up's low rank ──────── Mul ─ down's low rank ┘
 
-        and with any mixture of dense and factored matrices the same, joined or cut where two of them differ.
+        and with any mixture of whole and factored matrices the same, joined or cut where two of them differ.
         """
         gate_name, up_name, down_name = (self.names.module(layer, part) for part in ("gate", "up", "down"))
         gate, up = self.linear.pieces(gate_name, (x,)), self.linear.pieces(up_name, (x,))

@@ -18,6 +18,7 @@ from exporters.onnx.decoder import Decoder
 from exporters.onnx.genai_config import write_companions
 from exporters.onnx.graph import GraphBuilder, Precision
 from exporters.result import ExportResult
+from exporters.support import check_supported
 from sola_edge import __version__
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
@@ -42,6 +43,7 @@ def export(
     folder = Path(out_dir)
     check_folder_target(folder, MARKER)
     checkpoint = open_checkpoint(checkpoint_path)
+    check_supported(checkpoint, "ONNX")
     provenance = _provenance(checkpoint)
     builder = GraphBuilder(row)
     build(checkpoint, builder)

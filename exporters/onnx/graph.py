@@ -27,6 +27,9 @@ class Precision:
     torch: torch.dtype
 
 
+INDICES = Precision("int32", ir.DataType.INT32, torch.int32)  # positions among channels, whatever the weights are
+
+
 class GraphBuilder:
     """Collects nodes and initializers in the order in which they are made, which is topological."""
 
@@ -49,13 +52,15 @@ class GraphBuilder:
         value.name = name
         self.outputs.append(value)
 
-    def weight(self, name: str, shape: Sequence[int], load: Callable[[], torch.Tensor]) -> ir.Value:
+    def weight(
+        self, name: str, shape: Sequence[int], load: Callable[[], torch.Tensor], precision: Precision | None = None
+    ) -> ir.Value:
         """An initializer; `load` returns a tensor of that shape and is called only while the file is written.
 
-        A name that exists already is shared.
+        It is stored in the graph's own precision unless another is given. A name that exists already is shared.
         """
         if name not in self._initializers:
-            dtype = self.precision
+            dtype = precision or self.precision
 
             def evaluate() -> ir.TensorProtocol:
                 return ir.Tensor(load().to(dtype.torch).contiguous().numpy(), name=name)

@@ -1,6 +1,6 @@
-"""One matrix of the checkpoint, dense or factored, as matrix products.
+"""One matrix of the checkpoint, whole or factored, as matrix products.
 
-An activation is a tuple of *pieces*: tensors that stand side by side along the channels. A dense matrix yields one piece,
+An activation is a tuple of *pieces*: tensors that stand side by side along the channels. A whole matrix yields one piece,
 a factored FFN matrix two (prime and marginal neurons). Pieces are joined or cut only where the next matrix needs it, so
 gate, up and down of one layer that are factored alike become two parallel branches that never meet before their sum.
 """
@@ -11,8 +11,9 @@ from functools import partial
 import onnx_ir as ir
 import torch
 
-from exporters.onnx.graph import GraphBuilder, hidden, width
+from exporters.onnx.graph import INDICES, GraphBuilder, hidden, width
 from sola_edge.checkpoint import Checkpoint
+from sola_edge.config import MatrixLayout
 
 Pieces = tuple[ir.Value, ...]
 
@@ -31,25 +32,25 @@ class Linears:
     def pieces(self, module: str, x: Pieces) -> Pieces:
         """W x + bias, in the pieces in which the matrix is stored.
 
-        dense:        x ── MatMul weight ── y
+        whole:        x ── MatMul weight ── y
 
         split "out":  x ─┬─ MatMul prime ───────────── y[:p]
-                         └─ MatMul A ── MatMul B ───── y[p:]
+                         └─ low rank ───────────────── y[p:]
 
         split "in":   x[:p] ── MatMul prime ──────────┐
-                      x[p:] ── MatMul A ── MatMul B ── Add ── y
+                      x[p:] ── low rank ───────────── Add ── y
         """
         layout = self.checkpoint.layout.get(module)
-        if layout is None:
+        if layout is None or layout.rank == 0:
             products: Pieces = (self._matmul(f"{module}.weight", self.join(x, module)),)
         elif not layout.prime:
-            products = (self._low_rank(module, self.join(x, module)),)
+            products = (self._low_rank(module, layout, self.join(x, module)),)
         elif layout.split == "out":
             whole = self.join(x, module)
-            products = (self._matmul(f"{module}.prime", whole), self._low_rank(module, whole))
+            products = (self._matmul(f"{module}.prime", whole), self._low_rank(module, layout, whole))
         else:
             prime, marginal = self.cut(x, (layout.prime, layout.n_in - layout.prime), module)
-            kept, rest = self._matmul(f"{module}.prime", prime), self._low_rank(module, marginal)
+            kept, rest = self._matmul(f"{module}.prime", prime), self._low_rank(module, layout, marginal)
             products = (self.graph.op("Add", [kept, rest], module, hidden(layout.n_out)),)
         return self._add_bias(module, products)
 
@@ -67,8 +68,24 @@ class Linears:
         sizes = self.graph.constant(widths)
         return tuple(self.graph.op_outputs("Split", [self.join(x, module), sizes], module, outputs, axis=-1))
 
-    def _low_rank(self, module: str, x: ir.Value) -> ir.Value:
-        return self._matmul(f"{module}.B", self._matmul(f"{module}.A", x))
+    def _low_rank(self, module: str, layout: MatrixLayout, x: ir.Value) -> ir.Value:
+        """L x, of the layout's low-rank part L.
+
+        plain:   x ── MatMul A ── MatMul B ── L x
+
+        pivots:  x ── MatMul A ─┬──────────── Concat ── (Gather order) ── L x
+                                └─ MatMul B ──┘
+        """
+        rows = hidden(layout.low_rank_shape[0])
+        inner = self._matmul(f"{module}.A", x)
+        outer = self._matmul(f"{module}.B", inner)
+        if layout.pivot:
+            outer = self.graph.op("Concat", [inner, outer], f"{module}.pivot", rows, axis=-1)
+        if layout.gather:
+            name = f"{module}.order"
+            order = self.graph.weight(name, self.checkpoint.shape(name), partial(self.checkpoint.tensor, name), INDICES)
+            outer = self.graph.op("Gather", [outer, order], module, rows, axis=-1)
+        return outer
 
     def _matmul(self, name: str, x: ir.Value) -> ir.Value:
         """x Wᵀ for a stored W (n_out, n_in); the initializer is Wᵀ (n_in, n_out), as MatMul wants it."""

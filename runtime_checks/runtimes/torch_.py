@@ -9,6 +9,8 @@ import torch
 
 import sola_edge  # noqa: F401  (teaches transformers to load a compressed checkpoint)
 from runtime_checks.runtimes.greedy import greedy
+from sola_edge.architecture import attention_implementation
+from sola_edge.checkpoint import open_checkpoint
 
 FILLER = 1
 
@@ -31,7 +33,9 @@ class Runtime:
 
     def load(self) -> None:
         """Raises whatever transformers raises."""
-        self.model = self.loader.from_pretrained(self.path, dtype=torch.float32).eval()
+        kernel = attention_implementation(open_checkpoint(self.path).config)
+        named = {"attn_implementation": kernel} if kernel else {}
+        self.model = self.loader.from_pretrained(self.path, dtype=torch.float32, **named).eval()
 
     def _forward(self, ids: list[int], keep: int) -> torch.Tensor:
         """Logits (keep or all, vocab) of ids appended to the cache."""

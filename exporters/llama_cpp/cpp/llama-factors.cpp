@@ -13,64 +13,135 @@ static const char * const SUFFIX_PRIME = "prime.weight";
 static const char * const SUFFIX_A     = "lr_a.weight";
 static const char * const SUFFIX_B     = "lr_b.weight";
 
-static LLM_TN_IMPL factor_tn(const LLM_TN_IMPL & tn, const char * suffix) {
+static LLM_TN_IMPL with_suffix(const LLM_TN_IMPL & tn, const char * suffix) {
     return LLM_TN_IMPL(tn.arch, tn.tensor, suffix, tn.bid, tn.xid);
 }
 
-static const ggml_tensor * factor_meta(const llama_model_loader & ml, const LLM_TN_IMPL & tn, const char * suffix) {
-    return ml.get_tensor_meta(factor_tn(tn, suffix).str().c_str());
+// what the file has of a weight that it does not have as a whole
+struct stored_parts {
+    const ggml_tensor * prime = nullptr;
+    const ggml_tensor * a     = nullptr;
+    const ggml_tensor * b     = nullptr;
+
+    stored_parts(const llama_model_loader & ml, const LLM_TN_IMPL & tn) {
+        const auto meta = [&](const char * suffix) {
+            return ml.get_tensor_meta(with_suffix(tn, suffix).str().c_str());
+        };
+        if (meta("weight") != nullptr) {
+            return;
+        }
+        prime = meta(SUFFIX_PRIME);
+        a     = meta(SUFFIX_A);
+        b     = meta(SUFFIX_B);
+        if (!a != !b) {
+            throw std::runtime_error(format("missing tensor '%s'", with_suffix(tn, a ? SUFFIX_B : SUFFIX_A).str().c_str()));
+        }
+    }
+
+    bool any() const {
+        return prime || a;
+    }
+};
+
+static bool has_suffix(const LLM_TN_IMPL & tn, const char * suffix) {
+    return tn.suffix != nullptr && strcmp(tn.suffix, suffix) == 0;
 }
 
-bool llama_factors::in_file(const llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne) {
-    if (ne.size() != 2 || tn.suffix == nullptr || strcmp(tn.suffix, "weight") != 0) {
-        return false;
+static bool is_matrix(const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne) {
+    return ne.size() == 2 && has_suffix(tn, "weight") && llm_tensor_info_for(tn.tensor).op == GGML_OP_MUL_MAT;
+}
+
+// position in a tensor's shape that counts the neurons of a feed-forward network, -1 if none does
+static int neuron_dimension(const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne) {
+    const bool weight = is_matrix(tn, ne);
+    const bool bias   = ne.size() == 1 && has_suffix(tn, "bias");
+    switch (tn.tensor) {
+        case LLM_TENSOR_FFN_DOWN: return weight ? 0 : -1;
+        case LLM_TENSOR_FFN_GATE:
+        case LLM_TENSOR_FFN_UP:   return weight ? 1 : bias ? 0 : -1;
+        default:                  return -1;
     }
-    if (llm_tensor_info_for(tn.tensor).op != GGML_OP_MUL_MAT || ml.get_tensor_meta(tn.str().c_str()) != nullptr) {
-        return false;
+}
+
+// number of neurons of the tensor's layer if the file has fewer than `ne` asks for, else 0
+static int64_t fewer_neurons(const llama_model_base & model, const llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne) {
+    const int dimension = neuron_dimension(tn, ne);
+    if (dimension < 0 || tn.bid < 0 || (uint32_t) tn.bid >= model.hparams.n_layer()) {
+        return 0;
     }
-    return factor_meta(ml, tn, SUFFIX_A) || factor_meta(ml, tn, SUFFIX_B) || factor_meta(ml, tn, SUFFIX_PRIME);
+    const stored_parts down(ml, LLM_TN_IMPL(tn.arch, LLM_TENSOR_FFN_DOWN, "weight", tn.bid, tn.xid));
+    if (!down.any()) {
+        return 0;
+    }
+    // as wide as what A and P read together: each its own columns, or both all of them
+    int64_t n = down.a ? down.a->ne[0] : down.prime->ne[0];
+    if (down.a && down.prime && down.prime->ne[1] == model.hparams.n_embd) {
+        n += down.prime->ne[0];
+    }
+    const int64_t n_ff  = model.hparams.n_ff(tn.bid);
+    const int64_t asked = ne.begin()[dimension];
+    if (n >= n_ff || n == asked) {
+        return 0;
+    }
+    if (asked != n_ff) {
+        throw std::runtime_error(format("tensor '%s' has wrong shape; expected %" PRId64 " neurons, got %" PRId64, tn.str().c_str(), asked, n));
+    }
+    return n;
+}
+
+bool llama_factors::in_file(const llama_model_base & model, const llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne) {
+    return fewer_neurons(model, ml, tn, ne) > 0 || (is_matrix(tn, ne) && stored_parts(ml, tn).any());
 }
 
 ggml_tensor * llama_factors::create(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne, int flags) {
-    const int64_t n_in  = ne.begin()[0];
-    const int64_t n_out = ne.begin()[1];
+    const int64_t * shape = ne.begin();
 
-    const auto create_factor = [&](const char * suffix, int64_t ne0, int64_t ne1) {
-        const int required = flags & ~(model.TENSOR_NOT_REQUIRED | model.TENSOR_ALLOW_RESHAPE);
-        return model.create_tensor(ml, factor_tn(tn, suffix), {ne0, ne1}, required);
-    };
-    const auto meta = [&](const char * suffix) {
-        const ggml_tensor * t = factor_meta(ml, tn, suffix);
-        if (t == nullptr) {
-            throw std::runtime_error(format("missing tensor '%s'", factor_tn(tn, suffix).str().c_str()));
+    const int64_t n = fewer_neurons(model, ml, tn, ne);
+    if (n == 0) {
+        return create_handle(model, ml, tn, shape[0], shape[1], flags);
+    }
+    try {
+        switch (neuron_dimension(tn, ne)) {
+            case 1:  return model.create_tensor(ml, tn, {shape[0], n}, flags);
+            default: return ne.size() == 1 ? model.create_tensor(ml, tn, {n}, flags) : model.create_tensor(ml, tn, {n, shape[1]}, flags);
         }
-        return t;
+    } catch (const std::runtime_error & e) {
+        throw std::runtime_error(format("%s; by blk.%d.ffn_down.weight the layer has %" PRId64 " of %u neurons", e.what(), tn.bid, n, model.hparams.n_ff(tn.bid)));
+    }
+}
+
+ggml_tensor * llama_factors::create_handle(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, int64_t n_in, int64_t n_out, int flags) {
+    const auto create_part = [&](const char * suffix, int64_t ne0, int64_t ne1) {
+        const int required = flags & ~(model.TENSOR_NOT_REQUIRED | model.TENSOR_ALLOW_RESHAPE);
+        return model.create_tensor(ml, with_suffix(tn, suffix), {ne0, ne1}, required);
     };
-
-    const ggml_tensor * meta_p = factor_meta(ml, tn, SUFFIX_PRIME);
-
-    const int64_t n_in_a = meta(SUFFIX_A)->ne[0];
-    const int64_t rank   = meta(SUFFIX_A)->ne[1];
-
-    const bool    split_in = meta_p != nullptr && n_in_a < n_in;
-    const int64_t n_prime  = meta_p == nullptr ? 0 : split_in ? n_in - n_in_a : meta_p->ne[1];
-    const int64_t n_out_b  = split_in ? n_out : n_out - n_prime;
-
-    if (meta_p != nullptr && (n_prime < 1 || n_out_b < 1)) {
-        throw std::runtime_error(format("tensor '%s' has wrong shape; expected fewer than %" PRId64 " rows, got %" PRId64,
-            factor_tn(tn, SUFFIX_PRIME).str().c_str(), n_out, n_prime));
-    }
-    if (rank < 1 || n_in_a < 1) {
-        throw std::runtime_error(format("tensor '%s' has wrong shape; it is empty", factor_tn(tn, SUFFIX_A).str().c_str()));
-    }
+    const stored_parts stored(ml, tn);
 
     auto e = std::make_unique<entry>();
-    e->a = create_factor(SUFFIX_A, split_in ? n_in_a : n_in, rank);
-    e->b = create_factor(SUFFIX_B, rank, n_out_b);
-    if (meta_p != nullptr) {
-        e->prime = split_in ? create_factor(SUFFIX_PRIME, n_prime, n_out) : create_factor(SUFFIX_PRIME, n_in, n_prime);
+    if (stored.a == nullptr) {
+        e->prime = create_part(SUFFIX_PRIME, n_in, n_out);
+    } else {
+        const int64_t n_in_a   = stored.a->ne[0];
+        const int64_t rank     = stored.a->ne[1];
+        const bool    split_in = stored.prime && n_in_a < n_in;
+        const int64_t n_prime  = !stored.prime ? 0 : split_in ? n_in - n_in_a : stored.prime->ne[1];
+        const int64_t n_rest   = split_in ? n_out : n_out - n_prime; // rows of the low-rank part
+
+        if (stored.prime && (n_prime < 1 || n_rest < 1)) {
+            throw std::runtime_error(format("tensor '%s' has wrong shape; expected fewer than %" PRId64 " rows, got %" PRId64,
+                with_suffix(tn, SUFFIX_PRIME).str().c_str(), n_out, n_prime));
+        }
+        if (rank < 1 || n_in_a < 1) {
+            throw std::runtime_error(format("tensor '%s' has wrong shape; it is empty", with_suffix(tn, SUFFIX_A).str().c_str()));
+        }
+        e->pivot = stored.b->ne[1] == n_rest - rank;
+        e->a = create_part(SUFFIX_A, split_in ? n_in_a : n_in, rank);
+        e->b = create_part(SUFFIX_B, rank, e->pivot ? n_rest - rank : n_rest);
+        if (stored.prime) {
+            e->prime = split_in ? create_part(SUFFIX_PRIME, n_prime, n_out) : create_part(SUFFIX_PRIME, n_in, n_prime);
+        }
     }
-    if (e->a == nullptr || e->b == nullptr || (meta_p != nullptr && e->prime == nullptr)) {
+    if (!e->prime != !stored.prime || !e->a != !stored.a || !e->b != !stored.b) {
         return nullptr; // skipped
     }
 
@@ -91,7 +162,7 @@ ggml_tensor * llama_factors::create(llama_model_base & model, llama_model_loader
 
 void llama_factors::done_loading() {
     for (auto & [_, e] : entries) {
-        e->handle.buffer = e->b->buffer;
+        e->handle.buffer = (e->b ? e->b : e->prime)->buffer;
     }
 }
 
@@ -105,15 +176,16 @@ const ggml_tensor * llama_factors::find(const char * name) const {
 }
 
 std::vector<const ggml_tensor *> llama_factors::parts(const ggml_tensor * w) const {
+    std::vector<const ggml_tensor *> found;
     const auto it = entries.find(w);
-    if (it == entries.end()) {
-        return {};
+    if (it != entries.end()) {
+        for (const ggml_tensor * part : {it->second->prime, it->second->a, it->second->b}) {
+            if (part != nullptr) {
+                found.push_back(part);
+            }
+        }
     }
-    const entry & e = *it->second;
-    if (e.prime == nullptr) {
-        return {e.a, e.b};
-    }
-    return {e.prime, e.a, e.b};
+    return found;
 }
 
 bool llama_factors::has(const ggml_tensor * w) const {
@@ -126,9 +198,14 @@ ggml_tensor * llama_factors::mul_mat(ggml_context * ctx, ggml_tensor * w, ggml_t
         return ggml_mul_mat(ctx, w, cur);
     }
     const entry & e = *it->second;
+    if (e.a == nullptr) {
+        return ggml_mul_mat(ctx, e.prime, cur);
+    }
 
     const auto low_rank = [&](ggml_tensor * x) {
-        return ggml_mul_mat(ctx, e.b, ggml_mul_mat(ctx, e.a, x));
+        ggml_tensor * inner = ggml_mul_mat(ctx, e.a, x);
+        ggml_tensor * outer = ggml_mul_mat(ctx, e.b, inner);
+        return e.pivot ? ggml_concat(ctx, inner, outer, 0) : outer;
     };
     if (e.prime == nullptr) {
         return low_rank(cur);

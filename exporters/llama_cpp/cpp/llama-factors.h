@@ -1,21 +1,31 @@
 #pragma once
 
-// Low-rank factored weights
+// Weights that are stored in another form or size
 //
 // A matrix W of n_out rows and n_in columns may be stored as up to three tensors instead of `<name>.weight`:
 //
 //   <name>.prime.weight   P   rows (or columns) of W that are kept as they are; may be absent
 //   <name>.lr_a.weight    A   [n_in of the rest, rank]
-//   <name>.lr_b.weight    B   [rank, n_out of the rest]
+//   <name>.lr_b.weight    B   [rank, n_out of the rest], or less: [rank, n_out of the rest - rank]
 //
 // The size of A's rows says which side of W is split:
 //
-//   A->ne[0] == n_in   W x = concat(P x, B (A x))         P: [n_in, p]    B: [rank, n_out - p]
-//   A->ne[0] <  n_in   W x = P x[:p] + B (A x[p:])        P: [p, n_out]   B: [rank, n_out]
+//   A->ne[0] == n_in   W x = concat(P x, L x)          P: [n_in, p]
+//   A->ne[0] <  n_in   W x = P x[:p] + L x[p:]         P: [p, n_out]
+//
+// and the number of B's rows whether the first rows of the rest are A's own:
+//
+//   all of the rest    L x = B (A x)
+//   rank fewer         L x = concat(A x, B (A x))
+//
+// P alone is the whole of W: [n_in, n_out].
+//
+// The feed-forward network of a layer may have fewer neurons than the metadata says. The tensors of its down projection,
+// stored as above, tell how many, and gate, up and their biases must agree.
 //
 // Loading puts a handle with W's name and shape, but no data, in the place of W; build_lora_mm() multiplies through
-// the factors when it meets a handle. The handles belong to the model and are freed with it. They are written while
-// the model is loaded and only read afterwards, so any number of contexts may use them at the same time.
+// the tensors behind it when it meets a handle. The handles belong to the model and are freed with it. They are written
+// while the model is loaded and only read afterwards, so any number of contexts may use them at the same time.
 
 #include "ggml.h"
 
@@ -30,14 +40,14 @@ struct llama_model_loader;
 
 class llama_factors {
 public:
-    // true if the file has factors of this weight and not the weight itself
-    static bool in_file(const llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne);
+    // true if the file has parts of this weight and not the weight itself, or has the tensor of a narrower layer
+    static bool in_file(const llama_model_base & model, const llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne);
 
-    // create the factors of the weight `tn` of shape `ne`, return the handle (nullptr if the flags skip the tensor)
-    // throws the loader's own errors: a factor is missing, or has a shape that does not fit
+    // create the tensor `tn` of shape `ne`, return its handle or itself (nullptr if the flags skip it)
+    // throws the loader's own errors: a part is missing, or has a shape that does not fit
     ggml_tensor * create(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne, int flags);
 
-    // to be called when the factors have their buffers: the handles take them over (LoRA adapters look at it)
+    // to be called when the parts have their buffers: the handles take them over (LoRA adapters look at it)
     void done_loading();
 
     // the handle of that name, or nullptr
@@ -54,10 +64,13 @@ public:
 private:
     struct entry {
         ggml_tensor   handle = {};
-        ggml_tensor * prime  = nullptr; // may be absent
+        ggml_tensor * prime  = nullptr; // may be absent; alone it is the whole weight
         ggml_tensor * a      = nullptr;
         ggml_tensor * b      = nullptr;
+        bool          pivot  = false;   // the first rows of the low-rank part are those of A
     };
+
+    ggml_tensor * create_handle(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, int64_t n_in, int64_t n_out, int flags);
 
     std::unordered_map<const ggml_tensor *, std::unique_ptr<entry>> entries;
 };

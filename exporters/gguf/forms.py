@@ -1,0 +1,169 @@
+"""In which form a checkpoint goes into GGUF, and which tensors its changed matrices become.
+
+| form   | a changed matrix is                                             | runs on            |
+|--------|-----------------------------------------------------------------|--------------------|
+| dense  | multiplied out, and as large as in the dense model              | any llama.cpp      |
+| narrow | whole, `<name>.weight`; the metadata say how wide each layer is | any llama.cpp      |
+| hybrid | `<name>.prime.weight`, `.lr_a.weight`, `.lr_b.weight`           | ours (llama_cpp.md)|
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from gguf import GGUFValueType
+from torch.nn import functional as F
+
+from exporters.gguf.metadata import Value
+from sola_edge.architecture import COMPONENTS, FFN, matrix_shape
+from sola_edge.checkpoint import Checkpoint
+from sola_edge.config import MatrixLayout
+from sola_edge.errors import UserError
+from sola_edge.layers import recompose
+
+Kind = Literal["dense", "narrow", "hybrid"]
+WHOLE = "weight"
+SUFFIXES = {WHOLE: "prime.weight", "prime": "prime.weight", "A": "lr_a.weight", "B": "lr_b.weight"}
+OURS = tuple(SUFFIXES.values())  # ends of the names that llama.cpp with our addition alone knows
+# GGUF architecture → the one that computes the same and has a width per layer, in every llama.cpp since December 2024
+PER_LAYER = {"llama": "deci"}
+# GGUF architecture → components whose bias llama.cpp loads although the dense model has none
+OPTIONAL_BIASES = {"llama": COMPONENTS, "deci": COMPONENTS}
+ALWAYS_OPTIONAL = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Form:
+    """`kind` of the table above, and the GGUF architecture that the file is written as."""
+
+    kind: Kind
+    architecture: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a matrix: the end of its GGUF name, (rows, columns), values, and whether its rows are the outputs."""
+
+    suffix: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    outputs: bool
+
+
+def choose_form(checkpoint: Checkpoint, architecture: str, dense: bool) -> Form:
+    """The form of an export under the GGUF architecture that llama.cpp's converter chose.
+
+    A checkpoint of which only whole FFN matrices changed is narrow if llama.cpp can hold the widths. Raises UserError for a
+    bias that compression added and llama.cpp would not load.
+    """
+    form = Form("dense" if dense or not checkpoint.layout else "hybrid", architecture)
+    if form.kind == "hybrid" and all(_is_whole_ffn(checkpoint, module) for module in checkpoint.layout):
+        if len(set(ffn_widths(checkpoint))) == 1:
+            form = Form("narrow", architecture)
+        elif architecture in PER_LAYER:
+            form = Form("narrow", PER_LAYER[architecture])
+    loaded = OPTIONAL_BIASES.get(form.architecture, ALWAYS_OPTIONAL)
+    for module, layout in checkpoint.layout.items():
+        if layout.bias and checkpoint.architecture.component_of(module) not in loaded:
+            raise UserError(
+                f"{module} gained a bias, which llama.cpp does not load for the architecture {form.architecture!r}; "
+                "compress without it, or export to ONNX"
+            )
+    return form
+
+
+def _is_whole_ffn(checkpoint: Checkpoint, module: str) -> bool:
+    return checkpoint.layout[module].rank == 0 and checkpoint.architecture.component_of(module) in FFN
+
+
+def ffn_widths(checkpoint: Checkpoint) -> list[int]:
+    """Number of neurons of each layer."""
+    downs = (checkpoint.layout.get(checkpoint.architecture.module(i, "down")) for i in range(checkpoint.layers))
+    return [checkpoint.config.intermediate_size if down is None else down.n_in for down in downs]
+
+
+def form_metadata(values: dict[str, Value], checkpoint: Checkpoint, form: Form) -> dict[str, Value]:
+    """The converter's metadata under the form's architecture, with the widths of a narrow one."""
+    base = values["general.architecture"].value
+    renamed = {
+        f"{form.architecture}.{key.removeprefix(f'{base}.')}" if key.startswith(f"{base}.") else key: value
+        for key, value in values.items()
+    }
+    if form.kind == "narrow":
+        widths = ffn_widths(checkpoint)
+        kind = GGUFValueType.UINT32
+        per_layer = Value(widths, GGUFValueType.ARRAY, kind)
+        alike = len(set(widths)) == 1
+        renamed[f"{form.architecture}.feed_forward_length"] = Value(widths[0], kind, None) if alike else per_layer
+    return renamed
+
+
+def expands(form: Form, layout: MatrixLayout, reordered: bool) -> bool:
+    """Whether a matrix is written in a larger form than the checkpoint has it in: ggml gathers no channels.
+
+    `reordered`: GGUF has the rows of this matrix in another order, which rows that lie in several tensors cannot follow.
+    """
+    return form.kind == "hybrid" and (layout.gather or (reordered and (layout.pivot or layout.prime > 0)))
+
+
+def parts(checkpoint: Checkpoint, module: str, form: Form, reordered: bool) -> Iterator[Part]:
+    """The tensors that the module's changed matrix becomes, without its bias. Reads no weights."""
+    layout = checkpoint.layout[module]
+    whole, own = (layout.n_out, layout.n_in), _dense_shape(checkpoint, module)
+
+    def multiplied_out() -> torch.Tensor:
+        return recompose(layout, {name: checkpoint.tensor(f"{module}.{name}") for name in layout.shapes})
+
+    if form.kind == "dense":
+        yield Part(WHOLE, own, lambda: _padded(multiplied_out(), own), True)
+        return
+    stored = _plain(layout, reordered) if expands(form, layout, reordered) else layout
+    if stored.rank == 0:
+        suffix = WHOLE if form.kind == "narrow" or whole == own else SUFFIXES[WHOLE]
+        yield Part(suffix, whole, multiplied_out, True)
+        return
+    for name, shape in stored.shapes.items():
+        read = partial(checkpoint.tensor, f"{module}.{name}")
+        if name == "B" and stored != layout:
+            read = partial(_expanded, checkpoint, module, layout)
+        yield Part(SUFFIXES[name], shape, read, name == "B")
+
+
+def bias(checkpoint: Checkpoint, name: str, form: Form) -> tuple[tuple[int, ...], Callable[[], torch.Tensor]]:
+    """(shape, values) of a bias: of a form that is dense as long as the dense model's."""
+    shape = checkpoint.shape(name)
+    if form.kind == "dense":
+        module = name.removesuffix(".bias")
+        shape = _dense_shape(checkpoint, module)[:1] if module in checkpoint.layout else shape
+    return shape, lambda: _padded(checkpoint.tensor(name), shape)
+
+
+def _dense_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
+    component = checkpoint.architecture.component_of(module)
+    layout = checkpoint.layout[module]
+    return (layout.n_out, layout.n_in) if component is None else matrix_shape(checkpoint.config, component)
+
+
+def _padded(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Zeros after the last row and column: neurons that compute nothing."""
+    missing = [size - have for size, have in zip(shape, values.shape, strict=True)]
+    return F.pad(values, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else values
+
+
+def _plain(layout: MatrixLayout, reordered: bool) -> MatrixLayout:
+    """The smallest layout of the same matrix without pivots and gather: plain factors, or whole."""
+    plain = replace(layout, pivot=False, gather=False)
+    size = sum(math.prod(shape) for shape in plain.shapes.values())
+    if (reordered and layout.prime) or size >= layout.n_out * layout.n_in:
+        return replace(plain, rank=0, prime=0)
+    return plain
+
+
+def _expanded(checkpoint: Checkpoint, module: str, layout: MatrixLayout) -> torch.Tensor:
+    """B (rows, rank) of the plain factors: the pivot rows of the identity put back, in the order of the outputs."""
+    stored = checkpoint.tensor(f"{module}.B").float()
+    rows = torch.cat([torch.eye(layout.rank), stored]) if layout.pivot else stored
+    return rows[checkpoint.tensor(f"{module}.order").long()] if layout.gather else rows

@@ -1,0 +1,240 @@
+"""Methods × rates of compression of one model, measured against the dense model in the same run.
+
+Everything is checked before anything is computed. The result is written after every cell, so that an interrupted
+comparison goes on where it was.
+"""
+
+import datetime
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from runtime_checks.compare_cell import Job, Ruler, make_cell
+from runtime_checks.compare_labels import folder_name, settings_of
+from runtime_checks.compare_schema import (
+    COMPARISON,
+    CalibrationRecord,
+    Cell,
+    Comparison,
+    ComparisonProtocol,
+    read_comparison,
+    write_comparison,
+)
+from runtime_checks.machine import checked_threads, machine, packages
+from runtime_checks.protocol import make_protocol
+from runtime_checks.schema import Perplexity
+from sola_edge.calibration import read_calibration
+from sola_edge.checkpoint import PROVENANCE, Checkpoint, copy_checkpoint, hash_weights, open_checkpoint
+from sola_edge.compress import check_source
+from sola_edge.config import CompressionSettings
+from sola_edge.errors import UserError
+from sola_edge.files import check_folder_target, replace_file
+from sola_edge.methods import method_named
+from sola_edge.progress import console
+from sola_edge.texts import DEFAULT_CALIBRATION, DEFAULT_SCORING, load_text
+from sola_edge.view import ModelView
+
+CHECKPOINTS = "checkpoints"
+COMPUTING = ("sola-edge", "torch", "transformers", "numpy")  # packages whose version figures depend on
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all methods are given; see CompressionSettings."""
+
+    calibration: str = DEFAULT_CALIBRATION
+    align: int | None = None
+    window: int = 2048
+    windows: int | None = 64
+    gradient_windows: int = 24
+    correction_windows: int = 16
+    device: str = "cpu"
+
+    def settings(self, rate: float) -> CompressionSettings:
+        """Raises UserError for an impossible value."""
+        return CompressionSettings(
+            rate=rate,
+            align=self.align,
+            window=self.window,
+            max_windows=self.windows,
+            gradient_windows=self.gradient_windows,
+            correction_windows=self.correction_windows,
+            device=self.device,
+        )
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The text that perplexity is measured on, in non-overlapping windows of `context` tokens."""
+
+    text: str = DEFAULT_SCORING
+    context: int = 2048
+    windows: int = 40
+    threads: int | None = None
+
+
+def compare(
+    model: str | Path,
+    out: Path,
+    labels: Sequence[str],
+    rates: Sequence[float],
+    common: Common,
+    scoring: Scoring,
+    *,
+    keep: bool = False,
+) -> Comparison:
+    """Fill the folder `out` with compare.json, compare.md and compare.png; keep: also the checkpoints.
+
+    labels: METHOD[:OPTION…], see compare_labels.py. Raises UserError for bad input before anything is computed, and for what
+    goes wrong later with the machine (a full disk), when what was measured is kept.
+    """
+    out = Path(out)
+    _check_place(out)
+    source = open_checkpoint(model)
+    jobs = _jobs(source, out, labels, rates, common)
+    protocol, ruler = _protocol(Path(model).resolve().name, source, common, scoring)
+    run = _Run(source, out, common, ruler, keep)
+    known = _resumed(out, protocol)
+    run.save(_ordered(protocol, ruler.threads, known.dense if known else None, known.cells if known else [], jobs))
+    try:
+        run.all(jobs)
+    finally:
+        with suppress(OSError):  # not empty, or never made
+            (out / CHECKPOINTS).rmdir()
+    _write_readable(run.found, out)
+    return run.found
+
+
+def _check_place(out: Path) -> None:
+    check_folder_target(out, COMPARISON)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("a comparison is drawn by matplotlib: pip install 'sola-edge[report]'")
+
+
+def _jobs(source: Checkpoint, out: Path, labels: Sequence[str], rates: Sequence[float], common: Common) -> list[Job]:
+    """Every cell that is asked for, checked. Raises UserError for the first that cannot be."""
+    if not labels or not rates:
+        raise UserError("nothing to compare: give at least one method and one rate")
+    found = []
+    for label in labels:
+        for rate in rates:
+            settings = settings_of(label, common.settings(rate))
+            check_source(source, settings)
+            method_named(settings.method).check(ModelView(source, settings))
+            folder = out / CHECKPOINTS / folder_name(label, rate)
+            check_folder_target(folder, PROVENANCE)
+            found.append(Job(label, rate, settings, folder))
+    return found
+
+
+def _protocol(name: str, source: Checkpoint, common: Common, scoring: Scoring) -> tuple[ComparisonProtocol, Ruler]:
+    """What all cells share. Raises UserError for texts that are missing or too short."""
+    tokenizer = source.tokenizer()
+    text = load_text(scoring.text)
+    scored = make_protocol(text.joined, tokenizer, scoring.context, scoring.windows, text.name)
+    calibration = read_calibration(load_text(common.calibration), tokenizer, common.window, common.windows)
+    shared = {name: value for name, value in asdict(common).items() if name not in ("calibration", "window", "windows")}
+    protocol = ComparisonProtocol(
+        model=name,
+        weights_sha256=hash_weights(source.weight_files()),
+        scoring=scored.record(),
+        calibration=CalibrationRecord(**calibration.describe()),
+        options={**shared, "windows asked": common.windows},
+        versions={name: version for name, version in packages().items() if name in COMPUTING},
+    )
+    threads = checked_threads(scoring.threads)
+    return protocol, Ruler(text, scoring.context, scoring.windows, threads, scored.ids_sha256)
+
+
+def _resumed(out: Path, protocol: ComparisonProtocol) -> Comparison | None:
+    """The comparison that the folder holds. Raises UserError when it was made under another protocol."""
+    path = out / COMPARISON
+    if not path.exists():
+        return None
+    known = read_comparison(path)
+    difference = known.protocol.difference(protocol)
+    if difference:
+        raise UserError(f"{path} is a comparison under another protocol ({difference}); give another folder")
+    return known
+
+
+def _ordered(
+    protocol: ComparisonProtocol, threads: int, dense: Perplexity | None, cells: Sequence[Cell], jobs: Sequence[Job]
+) -> Comparison:
+    """The cells by label, those asked for first, and by rate."""
+    labels = list(dict.fromkeys([*(job.label for job in jobs), *(cell.label for cell in cells)]))
+    return Comparison(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        machine=machine(threads),
+        protocol=protocol,
+        dense=dense,
+        cells=sorted(cells, key=lambda cell: (labels.index(cell.label), cell.rate)),
+    )
+
+
+class _Run:
+    """The comparison as it grows; on disk after every step."""
+
+    def __init__(self, source: Checkpoint, out: Path, common: Common, ruler: Ruler, keep: bool) -> None:
+        self.source, self.out, self.common, self.ruler, self.keep = source, out, common, ruler, keep
+        self.found: Comparison
+
+    def save(self, found: Comparison) -> None:
+        self.found = found
+        write_comparison(found, self.out / COMPARISON)
+
+    def all(self, jobs: Sequence[Job]) -> None:
+        """The dense model and every cell that is not done."""
+        dense = self.found.dense or self._dense()
+        if self.found.dense is None:
+            self.save(self.found.model_copy(update={"dense": dense}))
+        for number, job in enumerate(jobs, 1):
+            if self._done(job):
+                continue
+            console.print(f"{number} of {len(jobs)}: {job.label} at rate {job.rate:g}", markup=False)
+            try:
+                cell = make_cell(job, self.source, self.common.calibration, self.ruler, dense)
+            finally:
+                if not self.keep:
+                    shutil.rmtree(job.folder, ignore_errors=True)
+            others = [c for c in self.found.cells if (c.label, c.rate) != (job.label, job.rate)]
+            self.save(_ordered(self.found.protocol, self.ruler.threads, dense, [*others, cell], jobs))
+
+    def _done(self, job: Job) -> bool:
+        """Cells without a figure are tried again: that takes little, and the cause may be gone."""
+        cell = self.found.cell(job.label, job.rate)
+        return cell is not None and cell.status == "measured" and cell.settings == job.settings.as_dict()
+
+    def _dense(self) -> Perplexity:
+        """The dense model's; a .gguf file goes through a folder, for PyTorch. Raises UserError when it has none."""
+        console.print("the dense model", markup=False)
+        folder = self.source.path
+        if folder.is_dir():
+            return self._measured(folder)
+        copy = self.out / CHECKPOINTS / "dense"
+        try:
+            copy_checkpoint(self.source, copy)
+            return self._measured(copy)
+        finally:
+            if not self.keep:
+                shutil.rmtree(copy, ignore_errors=True)
+
+    def _measured(self, folder: Path) -> Perplexity:
+        found, reasons = self.ruler.measure(folder)
+        if found is None or found.value is None:
+            raise UserError(f"the dense model has no perplexity to compare with: {'; '.join(reasons)}")
+        return found
+
+
+def _write_readable(found: Comparison, out: Path) -> None:
+    from runtime_checks.compare_plot import write_plot
+    from runtime_checks.compare_table import markdown
+
+    with replace_file(out / "compare.md") as partial:
+        partial.write_text(markdown(found), encoding="utf-8")
+    write_plot(found, out / "compare.png")

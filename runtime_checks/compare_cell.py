@@ -1,0 +1,115 @@
+"""One cell of a comparison: compress, measure, compare with the dense model window by window."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtime_checks.checks import measure_perplexity
+from runtime_checks.compare_schema import Cell, Estimate, Seconds
+from runtime_checks.memory import resident
+from runtime_checks.perplexity import mean_and_error
+from runtime_checks.schema import Perplexity
+from sola_edge.checkpoint import Checkpoint
+from sola_edge.compress import prepare
+from sola_edge.config import CompressionSettings
+from sola_edge.errors import UserError
+from sola_edge.texts import Text
+
+PEAK_SWITCH = Path("/proc/self/clear_refs")  # Linux: writing 5 starts the resident peak anew
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cell is asked, and where its checkpoint goes."""
+
+    label: str
+    rate: float
+    settings: CompressionSettings
+    folder: Path
+
+    def cell(self, **values: object) -> Cell:
+        """The cell with these figures."""
+        about = {"label": self.label, "rate": self.rate, "settings": self.settings.as_dict()}
+        return Cell.model_validate({**about, **values})
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """How every model of a comparison is measured; `ids_sha256` are the ids that must be scored."""
+
+    text: Text
+    context: int
+    windows: int
+    threads: int
+    ids_sha256: str
+
+    def measure(self, folder: Path) -> tuple[Perplexity | None, list[str]]:
+        """Perplexity in PyTorch in a fresh process, or why there is none. Raises UserError when the ids would be others."""
+        report = measure_perplexity(
+            folder,
+            self.text.joined,
+            text_name=self.text.name,
+            context=self.context,
+            windows=self.windows,
+            threads=self.threads,
+        )
+        if report.protocols[0].ids_sha256 != self.ids_sha256:
+            raise UserError(f"{folder}'s tokenizer turns the text into other ids than the model's; compare anew")
+        return report.results[0].perplexity, report.results[0].reasons
+
+
+def make_cell(job: Job, source: Checkpoint, calibration: str, ruler: Ruler, dense: Perplexity) -> Cell:
+    """Compress and measure. A plan that cannot be made is a cell that says so. Raises UserError for all else."""
+    counted = _forget_peak()
+    start = time.perf_counter()
+    try:
+        run = prepare(source, job.settings, calibration)
+    except UserError as error:
+        return job.cell(status="unreachable", reason=str(error))
+    prepared = time.perf_counter()
+    run.write(job.folder)
+    written = time.perf_counter()
+    peak = resident()["peak"] if counted else None
+    plan = run.plan
+    # without gradients the method's losses are shares of energy, which order matrices and are no nats
+    predicts = bool(plan.predicted_loss) and run.statistics.gradient_windows > 0
+    del run
+    found, reasons = ruler.measure(job.folder)
+    seconds = Seconds(prepare=prepared - start, write=written - prepared, measure=time.perf_counter() - written)
+    made = {
+        "achieved": plan.rate,
+        "predicted": sum(plan.predicted_loss.values()) if predicts else None,
+        "seconds": seconds,
+        "peak_memory": peak,
+        "perplexity": found,
+    }
+    if found is None or found.value is None:
+        return job.cell(status="failed", reason="; ".join(reasons) or "no perplexity", **made)
+    rise = paired_rise(dense, found)
+    return job.cell(status="measured", rise=rise, ratio=exponential(rise), **made)
+
+
+def paired_rise(dense: Perplexity, found: Perplexity) -> Estimate:
+    """Mean over windows of NLL - the dense model's NLL, nats, and the standard error of that mean."""
+    pairs = zip(found.window_nll, dense.window_nll, strict=True)
+    each = [np.array([now - before]) for now, before in pairs if now is not None and before is not None]
+    mean, error = mean_and_error(each)
+    return Estimate(value=mean, standard_error=error if len(each) > 1 else None)
+
+
+def exponential(rise: Estimate) -> Estimate:
+    """exp of an estimate, its error by the delta method."""
+    value = math.exp(min(rise.value, 700.0))  # exp overflows at 709
+    return Estimate(value=value, standard_error=None if rise.standard_error is None else value * rise.standard_error)
+
+
+def _forget_peak() -> bool:
+    """Start this process's resident peak anew; False where the system has no such switch."""
+    try:
+        PEAK_SWITCH.write_text("5")
+    except OSError:
+        return False
+    return True

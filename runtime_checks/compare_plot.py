@@ -1,0 +1,96 @@
+"""A comparison as pictures: perplexity ÷ dense over rate, and predicted against measured rise of the loss."""
+
+from pathlib import Path
+from typing import Any
+
+from runtime_checks.compare_schema import Cell, Comparison
+from runtime_checks.plots import LINE_COLOURS, STYLES
+from sola_edge.files import replace_file
+
+BAND = 0.2  # of the measured rise: how near a good prediction is
+
+
+def write_plot(comparison: Comparison, path: Path) -> None:
+    """Write the picture as PNG. Raises UserError if the place is not writable."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    draw_ratios(left, comparison)
+    draw_predictions(right, comparison)
+    with replace_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, facecolor="white")
+
+
+def colour_and_style(comparison: Comparison, label: str) -> tuple[str, str]:
+    """The same in every picture of a comparison."""
+    at = comparison.labels.index(label)
+    return LINE_COLOURS[at % len(LINE_COLOURS)], STYLES[at // len(LINE_COLOURS) % len(STYLES)]
+
+
+def draw_ratios(axes: Any, comparison: Comparison) -> None:
+    """Perplexity ÷ dense over rate, one line per method with its standard errors, log scale; 1 is the dense model."""
+    for label in comparison.labels:
+        cells = [c for c in comparison.cells if c.label == label and c.ratio is not None]
+        if not cells:
+            continue
+        colour, style = colour_and_style(comparison, label)
+        values = [c.ratio.value for c in cells if c.ratio]
+        errors = [c.ratio.standard_error or 0.0 for c in cells if c.ratio]
+        where = [c.achieved for c in cells]
+        axes.errorbar(where, values, errors, color=colour, linestyle=style, marker="o", capsize=3, label=label)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_yscale("log")
+    _plain_ticks(axes.yaxis)
+    axes.set_xlabel("share of the parameters removed")
+    axes.set_ylabel("perplexity ÷ dense")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+
+
+def draw_predictions(axes: Any, comparison: Comparison, marked: Cell | None = None) -> None:
+    """Measured over predicted rise in nats, with the diagonal and a band. Points are labelled by rate, `marked` is circled."""
+    points = comparison.predictions
+    axes.set_xlabel("predicted rise of the loss, nats")
+    axes.set_ylabel("measured rise, nats")
+    if not points:
+        axes.text(0.5, 0.5, "no method here predicts its loss", ha="center", va="center", transform=axes.transAxes)
+        return
+    named: set[str] = set()
+    for cell, predicted, rise in points:
+        colour, _ = colour_and_style(comparison, cell.label)
+        about = {"color": colour, "label": None if cell.label in named else cell.label}
+        named.add(cell.label)
+        axes.errorbar([predicted], [rise.value], [rise.standard_error or 0.0], fmt="o", capsize=3, **about)
+        axes.annotate(f"{cell.rate:g}", (predicted, rise.value), (7, -9), textcoords="offset points", fontsize=8)
+        if cell is marked:
+            axes.plot([predicted], [rise.value], "o", markersize=13, fillstyle="none", color=colour)
+    _diagonal(axes, [value for _, predicted, rise in points for value in (predicted, rise.value)])
+
+
+def _diagonal(axes: Any, values: list[float]) -> None:
+    positive = min(values) > 0
+    ends = [min(values) / 1.5, max(values) * 1.5] if positive else [min(*values, 0.0), max(*values, 1e-6) * 1.2]
+    axes.plot(ends, ends, color="grey", linewidth=0.8)
+    axes.fill_between(ends, [(1 - BAND) * v for v in ends], [(1 + BAND) * v for v in ends], color="grey", alpha=0.15)
+    axes.text(0.98, 0.03, f"grey: as predicted ± {100 * BAND:.0f} %", ha="right", fontsize=8, transform=axes.transAxes)
+    axes.legend(frameon=False, loc="upper left")
+    if positive:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Within two decades of a log scale, numbers as they are spoken, where matplotlib would write powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    if low <= 0 or high / low > 100:
+        return
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())

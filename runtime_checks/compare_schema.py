@@ -1,0 +1,147 @@
+"""A comparison's data: what `compare.json` holds. Version 1; validated whenever it is written or read.
+
+Units: nats for losses, bytes, seconds. A figure that was not measured or is not predicted is null.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from runtime_checks.schema import Frozen, Machine, Perplexity, ProtocolRecord
+from sola_edge.errors import UserError
+from sola_edge.files import replace_file
+
+COMPARISON = "compare.json"
+Status = Literal["measured", "unreachable", "failed"]
+
+
+class Estimate(Frozen):
+    """A value and its standard error, null where a single window says nothing of it."""
+
+    value: float
+    standard_error: float | None
+
+
+class Seconds(Frozen):
+    """prepare: statistics, analysis and plan, which later cells find in the cache; write: the layers; measure: perplexity."""
+
+    prepare: float
+    write: float
+    measure: float
+
+
+class CalibrationRecord(Frozen):
+    """What was calibrated on."""
+
+    text: str
+    sha256: str
+    windows: int
+    window: int
+    tokens: int
+
+
+class ComparisonProtocol(Frozen):
+    """What all cells share. Figures under different protocols are not compared: a comparison goes on only under its own."""
+
+    model: str
+    weights_sha256: dict[str, str]
+    scoring: ProtocolRecord
+    calibration: CalibrationRecord
+    options: dict[str, int | str | None]
+    versions: dict[str, str]
+
+    def difference(self, other: "ComparisonProtocol") -> str | None:
+        """The first thing in which another protocol differs, in words."""
+        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        for name in {**mine, **theirs}:
+            if name != "model" and mine.get(name) != theirs.get(name):
+                return f"{name} {mine.get(name)} there, {theirs.get(name)} now"
+        return None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}: ") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+class Cell(Frozen):
+    """One method at one rate. `settings` are all that the compression was asked, and the key by which a cell is done.
+
+    ratio: perplexity / the dense model's. rise: of the mean NLL, measured; ratio = exp(rise). Both standard errors are of
+    the paired difference by window. predicted: the plan's own rise, on the calibration text and before the correction.
+    peak_memory: resident, of the process while it compressed. reason: why there is no figure.
+    """
+
+    label: str
+    rate: float
+    settings: dict[str, int | float | str | None]
+    status: Status
+    reason: str | None = None
+    achieved: float | None = None
+    perplexity: Perplexity | None = None
+    ratio: Estimate | None = None
+    rise: Estimate | None = None
+    predicted: float | None = None
+    seconds: Seconds | None = None
+    peak_memory: int | None = None
+
+
+class Comparison(Frozen):
+    """Methods × rates against the dense model, by label and rate in the order they were asked."""
+
+    schema_version: Literal[1] = 1
+    created: str  # UTC, ISO 8601; this and the next two are of the run that last added to it
+    command: list[str]
+    machine: Machine
+    protocol: ComparisonProtocol
+    dense: Perplexity | None  # null until it is measured
+    cells: list[Cell]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every reachable cell could be measured."""
+        return all(cell.status != "failed" for cell in self.cells)
+
+    @property
+    def labels(self) -> list[str]:
+        """Rows."""
+        return list(dict.fromkeys(cell.label for cell in self.cells))
+
+    @property
+    def rates(self) -> list[float]:
+        """Columns."""
+        return sorted({cell.rate for cell in self.cells})
+
+    def cell(self, label: str, rate: float) -> Cell | None:
+        """The cell of a row and a column, where there is one."""
+        return next((c for c in self.cells if (c.label, c.rate) == (label, rate)), None)
+
+    @property
+    def predictions(self) -> list[tuple[Cell, float, Estimate]]:
+        """(cell, predicted rise, measured rise) of every measured cell whose method predicts."""
+        return [(c, c.predicted, c.rise) for c in self.cells if c.predicted is not None and c.rise is not None]
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the data as JSON. Raises UserError if the place is not writable."""
+    with replace_file(path) as partial:
+        partial.write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read a compare.json. Raises UserError when it is missing or none."""
+    try:
+        return Comparison.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no such comparison: {path}; make one with sola-edge compare") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise UserError(
+            f"{path} is no comparison of schema version 1 ({where}: {first['msg']}); compare anew"
+        ) from error

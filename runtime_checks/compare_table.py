@@ -1,0 +1,125 @@
+"""A comparison as tables: Markdown for `compare.md`, the same cells on the terminal."""
+
+import math
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from runtime_checks.compare_schema import Comparison, Estimate
+from runtime_checks.summary import DASH, number
+
+EXPLAINED = "Perplexity ÷ the dense model's ± the standard error of the paired difference over windows."
+PREDICTED = ("Method", "Rate", "Predicted", "Measured", "Measured ÷ predicted")
+
+
+def markdown(comparison: Comparison) -> str:
+    """The page compare.md."""
+    parts = [
+        f"# {comparison.protocol.model}, compressed by {len(comparison.labels)} methods",
+        EXPLAINED,
+        _grid(("Method", *_heads(comparison)), _rows(comparison)),
+        dense_line(comparison),
+        *(f"{line}" for line in reasons(comparison)),
+    ]
+    predicted = prediction_rows(comparison)
+    if predicted:
+        heading = "Rise of the loss, nats per token. Predicted on the calibration text, before the correction."
+        parts += [heading, _grid(PREDICTED, predicted)]
+    return "\n\n".join([*parts, protocol_line(comparison)]) + "\n"
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the same to stdout."""
+    console = console or Console()
+    _print_grid(console, ("Method", *_heads(comparison)), _rows(comparison))
+    console.print(EXPLAINED, style="dim", highlight=False)
+    console.print(dense_line(comparison), markup=False, highlight=False)
+    for line in reasons(comparison):
+        console.print(line, markup=False, highlight=False, style="yellow")
+    predicted = prediction_rows(comparison)
+    if predicted:
+        _print_grid(console, PREDICTED, predicted)
+    console.print(protocol_line(comparison), style="dim", markup=False, highlight=False)
+
+
+def estimate(found: Estimate | None) -> str:
+    """Value ± standard error, to four digits of the value and at most three decimals."""
+    if found is None:
+        return DASH
+    decimals = max(0, 3 - int(math.log10(max(abs(found.value), 1.0))))
+    text = f"{found.value:.{decimals}f}"
+    return text if found.standard_error is None else f"{text} ± {found.standard_error:.{decimals}f}"
+
+
+def dense_line(comparison: Comparison) -> str:
+    """The dense model's own perplexity."""
+    found = comparison.dense
+    if found is None or found.value is None:
+        return "The dense model is not measured yet."
+    return f"Dense model: perplexity {number(found.value, 4)} ± {number(found.standard_error, 2)}."
+
+
+def reasons(comparison: Comparison) -> list[str]:
+    """Why cells have no figure."""
+    return [f"{c.label} at {c.rate:g}: {c.reason}" for c in comparison.cells if c.reason]
+
+
+def prediction_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """Predicted and measured rise of the loss, and their ratio."""
+    return [
+        (
+            c.label,
+            f"{c.rate:g}",
+            number(predicted),
+            estimate(rise),
+            number(rise.value / predicted) if predicted else DASH,
+        )
+        for c, predicted, rise in comparison.predictions
+    ]
+
+
+def protocol_line(comparison: Comparison) -> str:
+    """How it was measured, in one paragraph."""
+    protocol, where = comparison.protocol, comparison.machine
+    scoring, calibration = protocol.scoring, protocol.calibration
+    options = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in protocol.options.items() if value is not None
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in protocol.versions.items())
+    return (
+        f"Scored: {scoring.text} (SHA-256 {scoring.text_sha256}), {scoring.windows} windows × {scoring.context} tokens, "
+        f"no BOS, in PyTorch fp32. Calibrated: {calibration.text} (SHA-256 {calibration.sha256}), {calibration.windows} "
+        f"windows × {calibration.window} tokens. Options: {options}. Versions: {versions}, Python {where.python}. "
+        f"Machine: {where.processor}, {where.cores} cores, {where.threads_used} threads, {where.system}."
+    )
+
+
+def _heads(comparison: Comparison) -> list[str]:
+    return [f"rate {rate:g}" for rate in comparison.rates]
+
+
+def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    return [(label, *(_cell(comparison, label, rate) for rate in comparison.rates)) for label in comparison.labels]
+
+
+def _cell(comparison: Comparison, label: str, rate: float) -> str:
+    found = comparison.cell(label, rate)
+    if found is None:
+        return DASH
+    return estimate(found.ratio) if found.status == "measured" else found.status
+
+
+def _grid(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [heads, tuple(["---"] + ["---:"] * (len(heads) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _print_grid(console: Console, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)

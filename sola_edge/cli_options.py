@@ -1,0 +1,49 @@
+"""Options that more than one command of the command line takes, and how their words are read."""
+
+from typing import Annotated
+
+import typer
+
+from sola_edge.errors import UserError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+Align = Annotated[
+    str, typer.Option(help="Round ranks and numbers of neurons to this multiple; auto: 256, 32 or 8 by size.")
+]
+Calibration = Annotated[str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")]
+Window = Annotated[int, typer.Option(help="Tokens per calibration window.")]
+Windows = Annotated[int, typer.Option(help="Calibration windows to use, at most.")]
+GradientWindows = Annotated[int, typer.Option(help="Of them, how many gradients are taken on; 0: none.")]
+CorrectionWindows = Annotated[
+    int, typer.Option(help="Of those, how many later layers are corrected on; 0: no correction.")
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda: where statistics and linear algebra run.")]
+Text = Annotated[str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")]
+Threads = Annotated[int | None, typer.Option(help="Threads per runtime; default: one per core.")]
+
+
+def alignment(value: str) -> int | None:
+    """`auto` (None) or a multiple. Raises UserError."""
+    if value == "auto":
+        return None
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UserError(f"align {value!r} is no number: give auto or a multiple such as 8, 32 or 256") from error
+
+
+def items(value: str, name: str) -> list[str]:
+    """The parts of a list with commas, each once. Raises UserError when there is none."""
+    found = list(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+    if not found:
+        raise UserError(f"no {name} were named; give one or more, with commas between them")
+    return found
+
+
+def rates(value: str) -> list[float]:
+    """Compression rates from a list with commas, each once. Raises UserError for what is no number."""
+    parts = items(value, "rates")
+    try:
+        return list(dict.fromkeys(float(part) for part in parts))
+    except ValueError as error:
+        raise UserError(f"rates {value!r} holds what is no number; give a list such as 0.2,0.3") from error

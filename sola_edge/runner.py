@@ -1,0 +1,154 @@
+"""Runs a checkpoint's decoder layers on hidden states, one layer in memory at a time.
+
+The running part is transformers' own: its layer, and the masks, rotary embeddings and whatever else its model class hands to a
+layer, which are caught from a model of that class with a single layer and no vocabulary. No architecture needs code here.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel
+
+from sola_edge.architecture import attention_implementation
+from sola_edge.checkpoint import Checkpoint
+from sola_edge.layers import unfuse_linears
+
+HEAD_TOKENS = 256  # positions whose logits are in memory at once
+
+
+class LayerRunner:
+    """One decoder layer of a checkpoint at a time, in float32, and what comes before and after them.
+
+    `layer` is transformers' module of the layer that was loaded last; its weights need no gradient.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.layer: Any = None
+        self._models: dict[str, Any] = {}
+        self._calls: dict[tuple[str, int], Any] = {}
+        self._kind = ""
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states (…, tokens, hidden) that enter the first layer, on the CPU."""
+        kind = self._kind_of(0)
+        table = self.checkpoint.tensor(f"{self.checkpoint.architecture.embedding}.weight")
+        scale = getattr(self._model(kind).embed_tokens, "embed_scale", 1.0)
+        embedded = F.embedding(ids, table).float() * torch.as_tensor(scale).cpu()
+        return self._caught(kind, embedded)[0][0].cpu()
+
+    def load(self, layer: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Put decoder layer `layer` in place, with the checkpoint's weights or those given (names relative to the layer)."""
+        kind = self._kind_of(layer)
+        if self.layer is not None and kind != self._kind:
+            self.layer.to("meta")  # another model's, whose weights would stay in memory
+        self._kind = kind
+        self.layer = self._model(self._kind).layers[0]
+        found = self.weights(layer) if weights is None else weights
+        self.layer.load_state_dict({k: v.float().to(self.device) for k, v in found.items()}, assign=True)
+        self.layer.requires_grad_(False)
+
+    def weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """All tensors of a decoder layer, by their names within it."""
+        prefix = self.checkpoint.architecture.layer.format(layer) + "."
+        names = [name for name in self.checkpoint.names() if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.checkpoint.tensor(name) for name in names}
+
+    def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The loaded layer's output for hidden states (windows, tokens, hidden)."""
+        hidden = hidden.to(self.device)
+        key = (self._kind, hidden.shape[-2])
+        if key not in self._calls:
+            self._calls[key] = self._caught(self._kind, hidden[:1])[1]
+        output = self.layer(hidden, **self._calls[key])
+        return output[0] if isinstance(output, tuple) else output
+
+    def loss_gradient(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Gradient of the summed NLL of one window's next tokens, and that sum in nats.
+
+        hidden (tokens, hidden): what the last layer gave; ids (tokens,).
+        """
+        norm, head = self._head
+        hidden = hidden.to(self.device)
+        gradient = torch.zeros_like(hidden)
+        total = 0.0
+        targets = ids[1:].to(self.device)
+        for start in range(0, len(targets), HEAD_TOKENS):
+            part = slice(start, min(start + HEAD_TOKENS, len(targets)))
+            x = hidden[part].detach().requires_grad_()
+            loss = F.cross_entropy(self._soft_cap(F.linear(norm(x), head)), targets[part], reduction="sum")
+            (gradient[part],) = torch.autograd.grad(loss, x)
+            total += float(loss.detach())
+        return gradient, total
+
+    def _soft_cap(self, logits: torch.Tensor) -> torch.Tensor:
+        cap = getattr(self.checkpoint.config, "final_logit_softcapping", None)
+        return logits if not cap else torch.tanh(logits / cap) * cap
+
+    @property
+    def _head(self) -> tuple[nn.Module, torch.Tensor]:
+        if not hasattr(self, "_loaded_head"):
+            row = self.checkpoint.architecture
+            norm = self._model(self._kind_of(0)).norm
+            norm.load_state_dict({"weight": self.checkpoint.tensor(f"{row.final_norm}.weight").float()}, assign=True)
+            module = row.embedding if self.checkpoint.tied else row.head
+            head = self.checkpoint.tensor(f"{module}.weight").float().to(self.device)
+            self._loaded_head = (norm.to(self.device).requires_grad_(False), head)
+        return self._loaded_head
+
+    def release_head(self) -> None:
+        """Drop the output head, which can be as large as a layer."""
+        if hasattr(self, "_loaded_head"):
+            del self._loaded_head
+
+    def _kind_of(self, layer: int) -> str:
+        """What sort of layer it is where a model has several (sliding and full attention); else one sort for all."""
+        kinds = getattr(self.checkpoint.config, "layer_types", None)
+        return kinds[layer] if kinds else ""
+
+    def _model(self, kind: str) -> Any:
+        if kind not in self._models:
+            config = copy.deepcopy(self.checkpoint.config)
+            config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
+            if kind:
+                config.layer_types = [kind]
+            attention = attention_implementation(config)
+            model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+            unfuse_linears(model.layers[0], self.checkpoint.architecture.fused_rows(config))
+            self._models[kind] = model.to(self.device)
+        return self._models[kind]
+
+    def _caught(self, kind: str, embedded: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model class hands to its layer for these embeddings: positional and named arguments."""
+        model = self._model(kind)
+        handle = model.layers[0].register_forward_pre_hook(_catch, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                batch = embedded if embedded.dim() == 3 else embedded[None]
+                model(inputs_embeds=batch.to(self.device), use_cache=False)
+        except _Caught as caught:
+            return caught.positional, caught.named
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{type(model).__name__} did not call its layer")
+
+
+class _Caught(Exception):
+    def __init__(self, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.positional, self.named = positional, named
+
+
+def _catch(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+    if not positional:
+        positional = (named.pop("hidden_states"),)
+    raise _Caught(positional, named)
+
+
+def by_window(count: int) -> Iterator[slice]:
+    """Slices of one window each, so that a layer sees a batch of one."""
+    return (slice(i, i + 1) for i in range(count))
