@@ -23,7 +23,7 @@ check: $(READY)
 
 # The compressor must also run on transformers 5, which the ONNX clients in the default environment do not accept yet.
 transformers5: build/transformers5/.ready
-	build/transformers5/bin/python -m pytest -m "not slow" tests/test_checkpoint.py tests/test_compress.py
+	build/transformers5/bin/python -m pytest -m "not slow" tests/test_checkpoint.py tests/test_compress.py tests/test_architectures.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -57,6 +57,14 @@ def test_export_check_and_report(run, folder: Path) -> None:
     assert "<html" in (folder / "page.html").read_text()
 
 
+def test_tasks(run, folder: Path) -> None:
+    row = {"question": "Which ring?", "choices": ["the one", "another"], "answer": 0}
+    (folder / "rings.jsonl").write_text(json.dumps(row) + "\n")
+    code, out, err = run("check", "tasks", "dense", "small", "--task", "rings.jsonl", "--json")
+    assert code == 0, err
+    assert json.loads(out)
+
+
 def test_other_weights_are_a_failed_check(run) -> None:
     code, out, _ = run("check", "parity", "dense", "small", *WINDOWS)
     assert code == 1
@@ -96,6 +104,9 @@ def test_a_runtime_that_fails_is_a_failed_check_or_one_clear_line(run, folder: P
         (["check", "perplexity", "small", "--text", "nowhere.txt"], "cannot read"),
         (["check", "bench", "small", "--rounds", 0], "out of range"),
         (["report", "nowhere.json"], "no such result file"),
+        (["check", "tasks", "small", "--task", "nowhere.jsonl"], "no such task file"),
+        (["compare", "dense", "compared", "--rates", "2", "--text", "text.txt"], "rate 2 is out of range"),
+        (["explain", "dense"], "dense"),
         (["compress", "dense", "dense", "--rate", 0.1], "no earlier output"),
         (["compress", "dense", "small-2", "--rate", 0.1, "--align", 200], "align 200 is out of range"),
         (["compress", "dense", "small-2", "--rate", 0.1, "--device", "cpux"], "device 'cpux'"),
