@@ -28,7 +28,7 @@ from runtime_checks.machine import checked_threads, machine, packages
 from runtime_checks.protocol import make_protocol
 from runtime_checks.schema import Perplexity
 from sola_edge.calibration import read_calibration
-from sola_edge.checkpoint import PROVENANCE, Checkpoint, copy_checkpoint, hash_weights, open_checkpoint
+from sola_edge.checkpoint import PROVENANCE, Checkpoint, copy_checkpoint, open_checkpoint
 from sola_edge.compress import check_source
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
@@ -48,11 +48,11 @@ class Common:
 
     calibration: str = DEFAULT_CALIBRATION
     align: int | None = None
-    window: int = 2048
-    windows: int | None = 64
-    gradient_windows: int = 24
-    correction_windows: int = 16
-    device: str = "cpu"
+    window: int = CompressionSettings.window
+    windows: int | None = CompressionSettings.max_windows
+    gradient_windows: int = CompressionSettings.gradient_windows
+    correction_windows: int = CompressionSettings.correction_windows
+    device: str = CompressionSettings.device
 
     def settings(self, rate: float) -> CompressionSettings:
         """Raises UserError for an impossible value."""
@@ -140,7 +140,7 @@ def _protocol(name: str, source: Checkpoint, common: Common, scoring: Scoring) -
     shared = {name: value for name, value in asdict(common).items() if name not in ("calibration", "window", "windows")}
     protocol = ComparisonProtocol(
         model=name,
-        weights_sha256=hash_weights(source.weight_files()),
+        weights_sha256=source.weights_sha256,
         scoring=scored.record(),
         calibration=CalibrationRecord(**calibration.describe()),
         options={**shared, "windows asked": common.windows},

@@ -6,11 +6,8 @@ Units: nats for losses, bytes, seconds. A figure that was not measured or is not
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
+from runtime_checks.json_file import read_model, write_model
 from runtime_checks.schema import Frozen, Machine, Perplexity, ProtocolRecord
-from sola_edge.errors import UserError
-from sola_edge.files import replace_file
 
 COMPARISON = "compare.json"
 Status = Literal["measured", "unreachable", "failed"]
@@ -127,21 +124,10 @@ class Comparison(Frozen):
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
     """Write the data as JSON. Raises UserError if the place is not writable."""
-    with replace_file(path) as partial:
-        partial.write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_model(comparison, path)
 
 
 def read_comparison(path: Path) -> Comparison:
     """Read a compare.json. Raises UserError when it is missing or none."""
-    try:
-        return Comparison.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no such comparison: {path}; make one with sola-edge compare") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise UserError(
-            f"{path} is no comparison of schema version 1 ({where}: {first['msg']}); compare anew"
-        ) from error
+    missing = f"no such comparison: {path}; make one with sola-edge compare"
+    return read_model(Comparison, path, missing=missing, wanted="comparison of schema version 1", remedy="compare anew")

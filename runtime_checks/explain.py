@@ -4,7 +4,6 @@ Units: parameters; predicted losses in nats per token of the calibration text wh
 of the matrix's output energy (`unit`). What sola.json does not tell (another method, an older file) is null.
 """
 
-import math
 import statistics
 from pathlib import Path
 from typing import Any, Literal
@@ -192,7 +191,7 @@ def _matrix(checkpoint: Checkpoint, record: _Record, component: str, module: str
         prime=layout.prime,
         n_out=layout.n_out,
         n_in=layout.n_in,
-        parameters=sum(map(math.prod, layout.shapes.values())) + (layout.n_out if bias else 0),
+        parameters=layout.weights + (layout.n_out if bias else 0),
         parameters_dense=n_out * (n_in + biased),
         predicted=record.plan.predicted_loss.get(module),
         retained=record.plan.retained_energy.get(module),

@@ -9,10 +9,9 @@ from runtime_checks.compare_schema import Cell, Comparison, read_comparison
 from runtime_checks.explain import PREMISE, Explanation, LayerFound
 from runtime_checks.explain_table import norm_lines, totals
 from runtime_checks.plots import WIDTH, pyplot, svg_of
-from runtime_checks.report import TEMPLATES
+from runtime_checks.report import pages
 from runtime_checks.summary import DASH, number
 from sola_edge.architecture import ATTENTION, COMPONENTS
-from sola_edge.errors import UserError
 from sola_edge.files import check_file_target, replace_file
 
 TEMPLATE = "explain.html"
@@ -30,17 +29,7 @@ def write_page(found: Explanation, path: Path, compared: Path | None = None) -> 
 
 def page(found: Explanation, comparison: Comparison | None = None) -> str:
     """The page: one file, no network, light and dark."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UserError("the page needs matplotlib and jinja2: pip install 'sola-edge[report]'") from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = pages("the page")
     environment.filters["number"] = number
     return environment.get_template(TEMPLATE).render(
         found=found,

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
-
+from runtime_checks.json_file import read_model, write_model
 from runtime_checks.schema import SCHEMA_VERSION, Report
 from runtime_checks.summary import (
     COLUMNS,
@@ -30,11 +30,8 @@ def write_report(report: Report, out_dir: Path) -> tuple[Path, Path]:
 
 def write_json(report: Report, path: Path) -> Path:
     """Write the data, after validating them as they would be read. Raises UserError if the place is not writable."""
-    text = report.model_dump_json(indent=2)
-    Report.model_validate_json(text)
-    with replace_file(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
-    return path
+    Report.model_validate_json(report.model_dump_json())
+    return write_model(report, path)
 
 
 def write_html(report: Report, path: Path) -> Path:
@@ -47,16 +44,9 @@ def write_html(report: Report, path: Path) -> Path:
 
 def html(report: Report) -> str:
     """The page: one file, no network, light and dark."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UserError("report.html needs matplotlib and jinja2: pip install 'sola-edge[report]'") from error
+    environment = pages("report.html")
     from runtime_checks.plots import plots
 
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     environment.filters["megabytes"] = megabytes
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -68,6 +58,21 @@ def html(report: Report) -> str:
         warnings=warnings(report),
         plots=plots(report),
         continuations=continuations(report),
+    )
+
+
+def pages(name: str) -> Any:
+    """The jinja2 environment of all pages. Raises UserError, naming the page, where jinja2 is missing."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise UserError(f"{name} needs matplotlib and jinja2: pip install 'sola-edge[report]'") from error
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
 
 
@@ -93,15 +98,5 @@ def _without_repeats(items: list[object]) -> list[object]:
 
 
 def _read(path: Path) -> Report:
-    try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no such result file: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
-        raise UserError(
-            f"{path} is no report of schema version {SCHEMA_VERSION} ({where}: {first['msg']}); measure again"
-        ) from error
+    wanted = f"report of schema version {SCHEMA_VERSION}"
+    return read_model(Report, path, missing=f"no such result file: {path}", wanted=wanted, remedy="measure again")

@@ -11,6 +11,7 @@ import torch
 from runtime_checks.metrics import Floats
 from runtime_checks.task_trees import Request, Tree, batches, plant
 from sola_edge.progress import track
+from sola_edge.runner import soft_capped
 
 BATCH_TOKENS = 1024
 SLIDING = "sliding_attention"  # transformers' name of a kind of layer
@@ -112,12 +113,10 @@ def _added(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _at(model: Any, hidden: torch.Tensor, which: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> Floats:
     """Log-probability of each target at row `which` of hidden (rows, hidden size): (targets,) float64."""
-    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    head = model.get_output_embeddings()
     found = np.empty(len(targets))
     for start in range(0, len(hidden), HEAD_ROWS):
-        logits = head(hidden[start : start + HEAD_ROWS]).float()
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
+        logits = soft_capped(head(hidden[start : start + HEAD_ROWS]).float(), model.config)
         here = np.flatnonzero((which >= start) & (which < start + HEAD_ROWS))
         picked = logits[torch.from_numpy(which[here] - start), torch.from_numpy(targets[here])]
         total = torch.logsumexp(logits, dim=-1)[torch.from_numpy(which[here] - start)]

@@ -20,15 +20,17 @@ import transformers
 
 import sola_edge  # noqa: F401  (teaches transformers to load a compressed checkpoint)
 from runtime_checks.checks import new_report
+from runtime_checks.json_file import write_model
 from runtime_checks.machine import checked_threads
 from runtime_checks.metrics import Floats
+from runtime_checks.runtimes.torch_ import loading_options
 from runtime_checks.schema import Frozen, Machine, Model
 from runtime_checks.task_files import Kind, Metric, Question, Task, read_tasks
 from runtime_checks.task_scoring import NothingToScore, encode, log_likelihoods
 from runtime_checks.task_trees import Request
 from sola_edge.checkpoint import Checkpoint, copy_checkpoint, open_checkpoint
 from sola_edge.errors import UserError
-from sola_edge.files import check_file_target, replace_file
+from sola_edge.files import check_file_target
 
 Right = npt.NDArray[np.bool_]
 
@@ -136,7 +138,7 @@ def measure_tasks(
             baseline.setdefault(result.task, right)
         report = _report(read, subjects[:count], results)
         if output is not None:
-            write_tasks(report, output)
+            write_model(report, output)
     return report
 
 
@@ -187,7 +189,8 @@ def loaded(checkpoint: Checkpoint) -> Iterator[Any]:
         if not folder.is_dir():
             folder = Path(scratch) / "model"
             copy_checkpoint(checkpoint, folder)
-        yield transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        options = loading_options(checkpoint.config)
+        yield transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def _measure_all(
@@ -281,10 +284,3 @@ def _report(tasks: list[Task], subjects: list[_Subject], results: list[TaskResul
         models=[subject.described() for subject in subjects],
         results=list(results),
     )
-
-
-def write_tasks(report: TaskReport, path: Path) -> Path:
-    """Write the report as JSON. Raises UserError if the place is not writable."""
-    with replace_file(path) as partial:
-        partial.write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return path

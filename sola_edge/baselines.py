@@ -10,7 +10,7 @@ import torch
 
 from sola_edge.allocation import MatrixSpectrum, greedy_ranks, most_removable, uniform_ranks
 from sola_edge.architecture import COMPONENTS, FFN
-from sola_edge.calibration import INPUT_OF
+from sola_edge.calibration import STAGES
 from sola_edge.config import CompressionSettings, MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.factorize import Metric, factors, retained_energy, spectrum
@@ -105,7 +105,7 @@ class MatrixMethod:
     def _spectrum(self, model: ModelView, layer: int, component: str, energy: torch.Tensor) -> MatrixSpectrum:
         n_out, n_in = model.shape(component)
         prime = prime_count(model) if self.prime and component in FFN else 0
-        split = SPLIT.get(component, "out") if component in FFN else "out"
+        split = SPLIT.get(component, "out")
         retained = retained_energy(energy).numpy()
         module = model.module(layer, component)
         return MatrixSpectrum(module, component, n_out, n_in, prime, split, model.align(component), retained)
@@ -128,7 +128,7 @@ class MatrixRewriter:
         """See view.Rewriter; published methods are not corrected."""
         found: dict[str, torch.Tensor] = {}
         order = self.order.to(self.view.model.settings.device)
-        for component in (c for c, stage in INPUT_OF.items() if stage == name):
+        for component in STAGES[name]:
             module = self.view.module(component)
             layout = self.layouts.get(module)
             whole = self._ordered(self.view.weight(component), component, order)
@@ -140,10 +140,9 @@ class MatrixRewriter:
                 if layout.prime:
                     kept = whole[: layout.prime] if layout.split == "out" else whole[:, : layout.prime]
                     found[f"{module}.prime"] = kept
-            bias = self.view.model.checkpoint.bias_name(module)
+            bias = self.view.bias(component)
             if bias is not None:
-                value = self.view.model.checkpoint.tensor(bias).double().to(order.device)
-                found[bias] = value[order] if component in ("gate", "up") else value
+                found[f"{module}.bias"] = bias[order] if component in ("gate", "up") else bias
         return found
 
     @staticmethod
@@ -277,12 +276,8 @@ class FlapRewriter:
         found: dict[str, torch.Tensor] = {}
         order = self.order.to(self.view.model.settings.device)
         keep, drop = order[: self.kept].sort().values, order[self.kept :]
-        for component in (c for c, stage in INPUT_OF.items() if stage == name):
-            module, weight = self.view.module(component), self.view.weight(component)
-            bias_name = self.view.model.checkpoint.bias_name(module)
-            bias = None
-            if bias_name is not None:
-                bias = self.view.model.checkpoint.tensor(bias_name).double().to(order.device)
+        for component in STAGES[name]:
+            module, weight, bias = self.view.module(component), self.view.weight(component), self.view.bias(component)
             if component == "down" and len(drop):
                 gone = weight[:, drop] @ self.view.means[drop]
                 bias = gone if bias is None else bias + gone

@@ -11,19 +11,20 @@ methods and structures. Each finished layer is a piece of a journal, so a killed
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import filelock
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from sola_edge.activations import Activations
 from sola_edge.architecture import COMPONENTS
 from sola_edge.cache import cache_folder
-from sola_edge.checkpoint import Checkpoint, hash_weights, save_tensors
+from sola_edge.checkpoint import Checkpoint, save_tensors
 from sola_edge.errors import UserError
 from sola_edge.journal import Journal
 from sola_edge.progress import track
@@ -35,6 +36,7 @@ GRAM_BLOCK = 512  # channels: only blocks on and above the diagonal are multipli
 
 # The input that each component's matrix multiplies: q, k, v share one, gate and up share one.
 INPUT_OF = {"q": "attention", "k": "attention", "v": "attention", "o": "o", "gate": "ffn", "up": "ffn", "down": "down"}
+STAGES = {name: tuple(c for c in INPUT_OF if INPUT_OF[c] == name) for name in INPUT_OF.values()}  # input → components
 PROBE = {"attention": "q", "o": "o", "ffn": "gate", "down": "down"}  # the component whose input is listened to
 
 
@@ -106,6 +108,11 @@ class Statistics:
         self.losses = losses  # {"nll": mean loss of the calibration text in nats} where gradients were taken
         self.folder = journal.folder
 
+    def norms(self, layer: int) -> torch.Tensor:
+        """One layer's mean |h_j|, (ffn,), and nothing else of its file."""
+        with safe_open(self._journal.path(_forward_name(layer)), framework="pt") as file:
+            return file.get_tensor("norms")
+
     def layer(self, layer: int) -> LayerStatistics:
         """One layer's statistics from disk."""
         found = load_file(self._journal.path(_forward_name(layer)))
@@ -136,7 +143,7 @@ def statistics_key(checkpoint: Checkpoint, calibration: Calibration, gradient_wi
     """Hash of all that the statistics depend on."""
     content = {
         "format": FORMAT,
-        "weights": hash_weights(checkpoint.weight_files()),
+        "weights": checkpoint.weights_sha256,
         "config": hashlib.sha256(checkpoint.config.to_json_string().encode()).hexdigest(),
         "ids": hashlib.sha256(calibration.windows.numpy().tobytes()).hexdigest(),
         "shape": list(calibration.windows.shape),
@@ -292,6 +299,15 @@ class Gram:
         return ((upper + upper.triu(1).T) / tokens).float().cpu()
 
 
+@contextlib.contextmanager
+def _hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Hooks that are removed when the block ends."""
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
 class _Inputs:
     """Forward hooks that sum up S and the mean activation norms."""
 
@@ -305,12 +321,8 @@ class _Inputs:
     def listening(self) -> Iterator[None]:
         layer, row = self._runner.layer, self._runner.checkpoint.architecture
         modules = {name: layer.get_submodule(getattr(row, part)) for name, part in PROBE.items()}
-        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
-        try:
+        with _hooked(module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
         def record(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -339,12 +351,8 @@ class _OutputGradients:
     def listening(self) -> Iterator[None]:
         layer, row = self._runner.layer, self._runner.checkpoint.architecture
         modules = {component: layer.get_submodule(getattr(row, component)) for component in COMPONENTS}
-        handles = [module.register_forward_hook(self._hook(component)) for component, module in modules.items()]
-        try:
+        with _hooked(module.register_forward_hook(self._hook(name)) for name, module in modules.items()):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, component: str) -> Callable[..., None]:
         def record(gradient: torch.Tensor) -> None:

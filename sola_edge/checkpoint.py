@@ -232,6 +232,11 @@ class Checkpoint:
         """The files that hold the weights."""
         return _shards(self.path) if self.path.is_dir() else [self.path]
 
+    @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """SHA-256 of each weight file by its name; a large model's take minutes, so they are computed once."""
+        return hash_weights(self.weight_files())
+
     def tokenizer(self) -> Any:
         """The model's own tokenizer. Raises UserError when it has none."""
         return load_tokenizer(self.path)

@@ -20,6 +20,7 @@ from sola_edge.cli_options import (
     items,
     rates,
 )
+from sola_edge.config import CompressionSettings
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -37,10 +38,10 @@ def compare(
     ] = "sola,sola-paper,svd-llm,flap",
     calibration: Calibration = "python-docstrings",
     align: Align = "auto",
-    window: Window = 2048,
-    windows: Windows = 64,
-    gradient_windows: GradientWindows = 64,
-    correction_windows: CorrectionWindows = 0,
+    window: Window = CompressionSettings.window,
+    windows: Windows = CompressionSettings.max_windows,
+    gradient_windows: GradientWindows = CompressionSettings.gradient_windows,
+    correction_windows: CorrectionWindows = CompressionSettings.correction_windows,
     device: Device = "cpu",
     text: Text = "python-reference",
     context: Annotated[int, typer.Option(help="Tokens per scored window.")] = 2048,

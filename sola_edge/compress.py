@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import sola_edge
 from sola_edge.cache import cache_folder
-from sola_edge.calibration import Calibration, Statistics, collect, read_calibration
+from sola_edge.calibration import STAGES, Calibration, Statistics, collect, read_calibration
 from sola_edge.checkpoint import (
     GENERATION,
     PROVENANCE,
@@ -41,7 +41,7 @@ from sola_edge.methods import method_named
 from sola_edge.planning import Plan
 from sola_edge.progress import track
 from sola_edge.runner import LayerRunner
-from sola_edge.sequential import STAGES, Sequential, stored
+from sola_edge.sequential import Sequential, stored
 from sola_edge.texts import load_text
 from sola_edge.view import Analysis, LayerView, Method, ModelView
 
@@ -202,7 +202,7 @@ class Compression:
             "format": 2,
             "tool": {"sola-edge": sola_edge.__version__},
             "versions": _versions(),
-            "source": {"name": source.path.name, "weights_sha256": hash_weights(source.weight_files())},
+            "source": {"name": source.path.name, "weights_sha256": source.weights_sha256},
             "method": self.method.name,
             "rate": self.plan.rate,
             "settings": self.model.settings.as_dict(),
@@ -235,7 +235,7 @@ def norm_curves(statistics: Statistics, layers: int) -> dict[str, Any]:
     """By layer, the share of Σ|h| that the largest 5 %, 10 %, 15 % … of its neurons carry: SoLA's premise, measured."""
     curves = []
     for layer in range(layers):
-        norms = statistics.layer(layer).norms.double().sort(descending=True).values
+        norms = statistics.norms(layer).double().sort(descending=True).values
         carried = norms.cumsum(0) / norms.sum().clamp_min(torch.finfo(torch.float64).tiny)
         curves.append([round(float(carried[max(round(share * len(norms)), 1) - 1]), 4) for share in NORM_SHARES])
     return {"neurons": list(NORM_SHARES), "norm": curves}

@@ -77,9 +77,14 @@ class MatrixLayout:
         return parts
 
     @property
+    def weights(self) -> int:
+        """Number of stored values without any bias; an order's indices count as one each."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
     def parameters(self) -> int:
-        """Number of stored values (an order's indices count as one each), without a bias that the dense model has too."""
-        return sum(math.prod(shape) for shape in self.shapes.values()) + (self.n_out if self.bias else 0)
+        """Number of stored values, without a bias that the dense model has too."""
+        return self.weights + (self.n_out if self.bias else 0)
 
 
 @dataclass(frozen=True)

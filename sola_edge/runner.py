@@ -5,7 +5,7 @@ layer, which are caught from a model of that class with a single layer and no vo
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -81,14 +81,11 @@ class LayerRunner:
         for start in range(0, len(targets), HEAD_TOKENS):
             part = slice(start, min(start + HEAD_TOKENS, len(targets)))
             x = hidden[part].detach().requires_grad_()
-            loss = F.cross_entropy(self._soft_cap(F.linear(norm(x), head)), targets[part], reduction="sum")
+            logits = soft_capped(F.linear(norm(x), head), self.checkpoint.config)
+            loss = F.cross_entropy(logits, targets[part], reduction="sum")
             (gradient[part],) = torch.autograd.grad(loss, x)
             total += float(loss.detach())
         return gradient, total
-
-    def _soft_cap(self, logits: torch.Tensor) -> torch.Tensor:
-        cap = getattr(self.checkpoint.config, "final_logit_softcapping", None)
-        return logits if not cap else torch.tanh(logits / cap) * cap
 
     @property
     def _head(self) -> tuple[nn.Module, torch.Tensor]:
@@ -149,6 +146,7 @@ def _catch(_module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any
     raise _Caught(positional, named)
 
 
-def by_window(count: int) -> Iterator[slice]:
-    """Slices of one window each, so that a layer sees a batch of one."""
-    return (slice(i, i + 1) for i in range(count))
+def soft_capped(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """Logits as the model gives them out: Gemma bends them below a cap."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if not cap else torch.tanh(logits / cap) * cap

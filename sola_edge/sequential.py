@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sola_edge.activations import Activations
-from sola_edge.calibration import INPUT_OF, PROBE
+from sola_edge.calibration import INPUT_OF, PROBE, STAGES
 from sola_edge.config import MatrixLayout
 from sola_edge.journal import Journal
 from sola_edge.layers import empty_linear
@@ -23,7 +23,6 @@ from sola_edge.runner import LayerRunner
 from sola_edge.view import Correction, LayerView, Rewriter
 
 TOKEN_WEIGHT = 0.5  # share of a token's weight that goes by its gradient; without it, attention sinks rule the fit
-STAGES = tuple(PROBE)
 
 
 class Sequential:
@@ -151,7 +150,7 @@ class _LayerPass:
         """(windows, tokens) float32, mean 1."""
         windows = self._streams._windows
         found = []
-        for component in (c for c, name in INPUT_OF.items() if name == stage):
+        for component in STAGES[stage]:
             squares = self._view.token_weights(component)
             if squares is not None:
                 squares = squares[: windows.numel()]
@@ -172,7 +171,7 @@ class _LayerPass:
     def _rewritten(self, stage: str, correction: Correction) -> dict[str, torch.Tensor]:
         """The stage's tensors, put into the running layer as well."""
         found = stored(self._rewriter.stage(stage, correction), self._dtype)
-        for component in (c for c, name in INPUT_OF.items() if name == stage):
+        for component in STAGES[stage]:
             module = self._view.module(component)
             parts = {k.removeprefix(f"{module}."): v for k, v in found.items() if k.startswith(f"{module}.")}
             self._place(component, module, parts)

@@ -13,7 +13,7 @@ import torch
 
 from sola_edge.architecture import ATTENTION, FFN
 from sola_edge.budget import Options, allocate
-from sola_edge.calibration import INPUT_OF
+from sola_edge.calibration import STAGES
 from sola_edge.config import CompressionSettings, FactorPolicy, MatrixLayout
 from sola_edge.correct import corrected
 from sola_edge.factorize import Metric, factors, pivoted, remaining, spectrum
@@ -63,19 +63,21 @@ class Sola:
 
     def plan(self, model: ModelView, analyses: list[Analysis]) -> Plan:
         """Spend the budget over all layers. Raises UserError when the rate cannot be met."""
-        choices: dict[str, MatrixChoices | FfnChoices] = {}
-        for layer, analysis in enumerate(analyses):
-            choices |= _layer_choices(model, layer, analysis)
-        groups = [choice.options for choice in choices.values()]
+        choices = [
+            (layer, name, choice)
+            for layer, analysis in enumerate(analyses)
+            for name, choice in _layer_choices(model, layer, analysis).items()
+        ]
+        groups = [choice.options for _, _, choice in choices]
         parameters = model.checkpoint.parameters()
         asked = model.settings.rate
         check_reachable(asked, sum(_removable(group) for group in groups), parameters, self.name)
         picked = allocate(groups, round(asked * parameters))
         layouts: dict[str, MatrixLayout] = {}
         predicted = {}
-        for (name, choice), i in zip(choices.items(), picked, strict=True):
+        for (layer, name, choice), i in zip(choices, picked, strict=True):
             predicted[name] = float(choice.options.loss[i])
-            layouts |= _chosen(model, name, choice, i)
+            layouts |= _chosen(model, layer, name, choice, i)
         removed = model.removed(layouts)
         return make_plan(layouts, removed, asked, parameters, model.neuron_align, predicted_loss=predicted)
 
@@ -152,11 +154,12 @@ def _removable(options: Options) -> int:
     return int(options.parameters.max() - options.parameters.min())
 
 
-def _chosen(model: ModelView, name: str, choice: MatrixChoices | FfnChoices, index: int) -> dict[str, MatrixLayout]:
+def _chosen(
+    model: ModelView, layer: int, name: str, choice: MatrixChoices | FfnChoices, index: int
+) -> dict[str, MatrixLayout]:
     if isinstance(choice, MatrixChoices):
         layout = choice.layouts[index]
         return {} if layout is None else {name: layout}
-    layer = next(n for n in range(model.layers) if _ffn_name(model, n) == name)
     return {model.module(layer, c): layout for c, layout in choice.forms[index].layouts.items()}
 
 
@@ -166,41 +169,28 @@ class SolaRewriter:
     def __init__(self, view: LayerView, layouts: Mapping[str, MatrixLayout], order: torch.Tensor) -> None:
         self._view = view
         self._layouts = {c: layouts.get(view.module(c)) for c in (*ATTENTION, *FFN)}
-        down = self._layouts["down"]
-        self.prime = max((layout.prime for c in FFN if (layout := self._layouts[c])), default=0)
-        if down is None and all(self._layouts[c] is None for c in FFN):
-            self.order = torch.arange(view.model.ffn)
-        else:
-            kept = next(self._width(c, layout) for c in FFN if (layout := self._layouts[c]))
-            self.order = order[:kept]
-        self.order = self.order.to(view.model.settings.device)
-
-    @staticmethod
-    def _width(component: str, layout: MatrixLayout) -> int:
-        return layout.n_in if component == "down" else layout.n_out
+        changed = {c: layout for c in FFN if (layout := self._layouts[c])}
+        self.prime = max((layout.prime for layout in changed.values()), default=0)
+        widths = [layout.n_in if c == "down" else layout.n_out for c, layout in changed.items()]
+        self.order = (order[: widths[0]] if widths else torch.arange(view.model.ffn)).to(view.model.settings.device)
 
     def stage(self, name: str, correction: Correction | None) -> dict[str, torch.Tensor]:
         """See view.Rewriter. The FFN's final order of neurons is settled in stage `ffn`."""
-        components = [c for c, stage in INPUT_OF.items() if stage == name]
         found: dict[str, torch.Tensor] = {}
         if name == "ffn":
             self._settle_order()
-        for component in components:
+        for component in STAGES[name]:
             parts = self._parts(component, correction)
             found |= {f"{self._view.module(component)}.{part}": tensor for part, tensor in parts.items()}
-            found |= self._bias(component)
+            bias = self._view.bias(component)
+            if bias is not None:
+                found[f"{self._view.module(component)}.bias"] = (
+                    bias[self.order] if component in ("gate", "up") else bias
+                )
         return found
 
-    def _bias(self, component: str) -> dict[str, torch.Tensor]:
-        module = self._view.module(component)
-        name = self._view.model.checkpoint.bias_name(module)
-        if name is None:
-            return {}
-        bias = self._view.model.checkpoint.tensor(name).double().to(self.order.device)
-        return {name: bias[self.order] if component in ("gate", "up") else bias}
-
     def _settle_order(self) -> None:
-        """Where gate (or else up) is pivoted without a gather, its pivots come first among the marginal neurons."""
+        """Where gate is pivoted, which it is without a gather, its pivots come first among the marginal neurons."""
         layout = self._layouts["gate"]
         if layout is None or not layout.pivot:
             return

@@ -7,8 +7,9 @@ from typing import Protocol
 
 import torch
 
+from sola_edge.architecture import matrix_shape
 from sola_edge.calibration import INPUT_OF, LayerStatistics, Statistics
-from sola_edge.checkpoint import Checkpoint, matrix_shape
+from sola_edge.checkpoint import Checkpoint
 from sola_edge.config import CompressionSettings, MatrixLayout, alignment_for
 from sola_edge.errors import UserError
 from sola_edge.factorize import Metric, damped
@@ -55,7 +56,7 @@ class ModelView:
 
     def stored(self, component: str, layout: MatrixLayout) -> int:
         """Parameters of a component under a layout, its bias included."""
-        return layout.parameters + layout.n_out * self.has_bias(component)
+        return layout.weights + layout.n_out * (layout.bias or self.has_bias(component))
 
     def check_align(self) -> None:
         """Raises UserError where no number of neurons but all of them is a multiple of the alignment."""
@@ -109,6 +110,11 @@ class LayerView:
         """W (n_out, n_in)."""
         return self._placed(self.model.checkpoint.tensor(f"{self.module(component)}.weight"))
 
+    def bias(self, component: str) -> torch.Tensor | None:
+        """The component's bias (n_out,), None where it has none."""
+        name = self.model.checkpoint.bias_name(self.module(component))
+        return None if name is None else self._placed(self.model.checkpoint.tensor(name))
+
     def s(self, component: str) -> torch.Tensor:
         """S = E[x xᵀ] of the component's inputs."""
         return self._placed(self._found.inputs[INPUT_OF[component]])
@@ -154,7 +160,7 @@ class Correction:
 
 
 class Rewriter(Protocol):
-    """Makes one layer's new tensors, in the order of its stages: attention, o, ffn, down (INPUT_OF's values)."""
+    """Makes one layer's new tensors, in the order of calibration.STAGES."""
 
     def stage(self, name: str, correction: Correction | None) -> dict[str, torch.Tensor]:
         """Tensors of the stage's modules by full name, in float64; all weights of the stage, changed or not."""

@@ -7,7 +7,6 @@
 | hybrid | `<name>.prime.weight`, `.lr_a.weight`, `.lr_b.weight`           | ours (llama_cpp.md)|
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,8 +155,7 @@ def _padded(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def _plain(layout: MatrixLayout, reordered: bool) -> MatrixLayout:
     """The smallest layout of the same matrix without pivots and gather: plain factors, or whole."""
     plain = replace(layout, pivot=False, gather=False)
-    size = sum(math.prod(shape) for shape in plain.shapes.values())
-    if (reordered and layout.prime) or size >= layout.n_out * layout.n_in:
+    if (reordered and layout.prime) or plain.weights >= layout.n_out * layout.n_in:
         return replace(plain, rank=0, prime=0)
     return plain
 

@@ -15,6 +15,12 @@ from sola_edge.checkpoint import open_checkpoint
 FILLER = 1
 
 
+def loading_options(config: Any) -> dict[str, Any]:
+    """What `from_pretrained` is given, so that every PyTorch figure is of the same model: fp32, the model's own attention."""
+    kernel = attention_implementation(config)
+    return {"dtype": torch.float32} | ({"attn_implementation": kernel} if kernel else {})
+
+
 class Runtime:
     """A checkpoint in `AutoModelForCausalLM`, fp32, eager or SDPA attention as transformers chooses."""
 
@@ -28,14 +34,13 @@ class Runtime:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.path = path
+        self.options = loading_options(open_checkpoint(path).config)
         self.version = f"torch {torch.__version__}, transformers {transformers.__version__}"
         self.cache: Any = None
 
     def load(self) -> None:
         """Raises whatever transformers raises."""
-        kernel = attention_implementation(open_checkpoint(self.path).config)
-        named = {"attn_implementation": kernel} if kernel else {}
-        self.model = self.loader.from_pretrained(self.path, dtype=torch.float32, **named).eval()
+        self.model = self.loader.from_pretrained(self.path, **self.options).eval()
 
     def _forward(self, ids: list[int], keep: int) -> torch.Tensor:
         """Logits (keep or all, vocab) of ids appended to the cache."""
