@@ -8,9 +8,8 @@ while that brings the parameter count nearer to the budget.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from sola_edge.config import RATE_TOLERANCE, MatrixLayout, Split
 
 START, FLOOR, FLOOR_RELAXATION = 0.999, 0.90, 0.05
 CLAMP, CLAMP_RELAXATION = 0.001, 0.0002
+MOVED_AT_ONCE = 4  # matrices, where fewer cannot meet the budget
 
 
 @dataclass(frozen=True)
@@ -141,26 +141,24 @@ def _settle(
 ) -> list[int]:
     """Move groups by one grid step each, always the move that comes nearest to the budget, while one comes nearer.
 
-    Where no single matrix's move does and the budget is missed by more than half the tolerance, two move at once.
+    Where no single matrix's move does and the budget is missed by more than half the tolerance, several move at once.
     """
     removed = sum(s.removed(rank) for s, rank in zip(spectra, ranks, strict=True))
     tolerance = RATE_TOLERANCE / 2 * budget
+    most = MOVED_AT_ONCE if len(groups) == len(spectra) else 1
     while True:
+        missing = budget - removed
         moves = list(_moves(spectra, ranks, groups))
-        single = len(groups) == len(spectra)
-        if (
-            single
-            and moves
-            and min(abs(removed + move.gain - budget) for move in moves) >= abs(removed - budget) > tolerance
-        ):
-            moves = list(_pairs(moves))
-        best = min(moves, key=lambda move: abs(removed + move.gain - budget), default=None)
-        if best is None or abs(removed + best.gain - budget) >= abs(removed - budget):
+        found = _nearest(moves, missing)
+        for count in range(2, most + 1):
+            if found is None and abs(missing) > tolerance:
+                found = _nearest(_combined(moves, count), missing)
+        if found is None:
             return ranks
         ranks = list(ranks)
-        for n, rank in best.ranks.items():
+        for n, rank in found.ranks.items():
             ranks[n] = rank
-        removed += best.gain
+        removed += found.gain
 
 
 @dataclass(frozen=True)
@@ -178,15 +176,28 @@ def _moves(spectra: Sequence[MatrixSpectrum], ranks: list[int], groups: Sequence
                 yield _Move(moved, gain)
 
 
-def _pairs(moves: Sequence[_Move]) -> Iterator[_Move]:
-    """Two moves of different matrices at once, two representatives for each gain: finer than any single move."""
+def _nearest(moves: Iterable[_Move], missing: int) -> _Move | None:
+    """The move that comes nearest to what is missing, None where none comes nearer than staying."""
+    best = min(moves, key=lambda move: abs(missing - move.gain), default=None)
+    return best if best is not None and abs(missing - best.gain) < abs(missing) else None
+
+
+def _combined(moves: Sequence[_Move], count: int) -> list[_Move]:
+    """Moves of `count` different matrices at once, one of each gain: finer than any single move."""
     by_gain: dict[int, list[_Move]] = defaultdict(list)
     for move in moves:
-        if len(by_gain[move.gain]) < 2:
+        if len(by_gain[move.gain]) < count:  # so many that another matrix is left for each further move
             by_gain[move.gain].append(move)
-    for one, other in combinations([move for group in by_gain.values() for move in group], 2):
-        if not one.ranks.keys() & other.ranks.keys():
-            yield _Move(one.ranks | other.ranks, one.gain + other.gain)
+    single = [move for group in by_gain.values() for move in group]
+    found = single
+    for _ in range(count - 1):
+        joined = {}
+        for one in found:
+            for other in single:
+                if not one.ranks.keys() & other.ranks.keys():
+                    joined.setdefault(one.gain + other.gain, _Move(one.ranks | other.ranks, one.gain + other.gain))
+        found = list(joined.values())
+    return found
 
 
 def _neighbour(spectrum: MatrixSpectrum, rank: int, direction: int) -> int:

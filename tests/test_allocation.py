@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sola_edge.allocation import MatrixSpectrum, greedy_ranks, most_removable, uniform_ranks
@@ -104,6 +104,7 @@ def test_coarse_ranks_are_refused_with_the_nearest_rate() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.2, 0.6))
+@example(0.20048233551533023)  # no two matrices moved at once come within the tolerance
 def test_ranks_remove_what_is_asked(rate: float) -> None:
     rows = model(6)
     for allocate in (greedy_ranks, uniform_ranks):
