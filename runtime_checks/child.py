@@ -46,7 +46,8 @@ class Session:
 
     def nll(self, ids: list[int]) -> dict[str, Any]:
         """Negative log-likelihoods of ids[1:]; null where not finite."""
-        found = window_nll(self.runtime.logits(ids), np.asarray(ids))
+        own = getattr(self.runtime, "nll", None)  # a runtime's faster way to the same figures
+        found = own(ids) if own else window_nll(self.runtime.logits(ids), np.asarray(ids))
         return {"nll": [float(v) if np.isfinite(v) else None for v in found]}
 
     def time(self, prompt: list[int], generate: int) -> dict[str, float]:

@@ -27,6 +27,8 @@ from runtime_checks.compare_schema import (
 from runtime_checks.machine import checked_threads, machine, packages
 from runtime_checks.protocol import make_protocol
 from runtime_checks.schema import Perplexity
+from runtime_checks.task_files import read_tasks
+from runtime_checks.tasks import describe, measure_checkpoint
 from sola_edge.calibration import read_calibration
 from sola_edge.checkpoint import PROVENANCE, Checkpoint, copy_checkpoint, open_checkpoint
 from sola_edge.compress import check_source
@@ -69,12 +71,14 @@ class Common:
 
 @dataclass(frozen=True)
 class Scoring:
-    """The text that perplexity is measured on, in non-overlapping windows of `context` tokens."""
+    """The text that perplexity is measured on, in non-overlapping windows of `context` tokens, and zero-shot task files."""
 
     text: str = DEFAULT_SCORING
     context: int = 2048
     windows: int = 40
     threads: int | None = None
+    tasks: tuple[Path, ...] = ()
+    questions: int | None = None  # of each task, at most
 
 
 def compare(
@@ -98,8 +102,7 @@ def compare(
     jobs = _jobs(source, out, labels, rates, common)
     protocol, ruler = _protocol(Path(model).resolve().name, source, common, scoring)
     run = _Run(source, out, common, ruler, keep)
-    known = _resumed(out, protocol)
-    run.save(_ordered(protocol, ruler.threads, known.dense if known else None, known.cells if known else [], jobs))
+    run.begin(_resumed(out, protocol), protocol, jobs)
     try:
         run.all(jobs)
     finally:
@@ -147,7 +150,8 @@ def _protocol(name: str, source: Checkpoint, common: Common, scoring: Scoring) -
         versions={name: version for name, version in packages().items() if name in COMPUTING},
     )
     threads = checked_threads(scoring.threads)
-    return protocol, Ruler(text, scoring.context, scoring.windows, threads, scored.ids_sha256)
+    tasks = read_tasks(scoring.tasks, scoring.questions) if scoring.tasks else []
+    return protocol, Ruler(text, scoring.context, scoring.windows, threads, scored.ids_sha256, tasks)
 
 
 def _resumed(out: Path, protocol: ComparisonProtocol) -> Comparison | None:
@@ -162,19 +166,10 @@ def _resumed(out: Path, protocol: ComparisonProtocol) -> Comparison | None:
     return known
 
 
-def _ordered(
-    protocol: ComparisonProtocol, threads: int, dense: Perplexity | None, cells: Sequence[Cell], jobs: Sequence[Job]
-) -> Comparison:
+def _ordered(cells: Sequence[Cell], jobs: Sequence[Job]) -> list[Cell]:
     """The cells by label, those asked for first, and by rate."""
     labels = list(dict.fromkeys([*(job.label for job in jobs), *(cell.label for cell in cells)]))
-    return Comparison(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
-        machine=machine(threads),
-        protocol=protocol,
-        dense=dense,
-        cells=sorted(cells, key=lambda cell: (labels.index(cell.label), cell.rate)),
-    )
+    return sorted(cells, key=lambda cell: (labels.index(cell.label), cell.rate))
 
 
 class _Run:
@@ -184,42 +179,68 @@ class _Run:
         self.source, self.out, self.common, self.ruler, self.keep = source, out, common, ruler, keep
         self.found: Comparison
 
-    def save(self, found: Comparison) -> None:
+    def begin(self, known: Comparison | None, protocol: ComparisonProtocol, jobs: Sequence[Job]) -> None:
+        """What is known goes on. Raises UserError where its tasks are others than those asked for."""
+        files = describe(self.ruler.tasks)
+        if known and files and known.task_files and known.task_files != files:
+            raise UserError(f"{self.out} holds a comparison on other tasks or questions; give another folder")
+        self._save(
+            Comparison(
+                created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+                machine=machine(self.ruler.threads),
+                protocol=protocol,
+                dense=known.dense if known else None,
+                cells=_ordered(known.cells if known else [], jobs),
+                task_files=files or (known.task_files if known else []),
+                dense_tasks=known.dense_tasks if known else [],
+            )
+        )
+
+    def _save(self, found: Comparison) -> None:
         self.found = found
         write_comparison(found, self.out / COMPARISON)
 
     def all(self, jobs: Sequence[Job]) -> None:
         """The dense model and every cell that is not done."""
-        dense = self.found.dense or self._dense()
-        if self.found.dense is None:
-            self.save(self.found.model_copy(update={"dense": dense}))
+        if self.found.dense is None or (self.ruler.tasks and not self.found.dense_tasks):
+            self._dense()
         for number, job in enumerate(jobs, 1):
             if self._done(job):
                 continue
             console.print(f"{number} of {len(jobs)}: {job.label} at rate {job.rate:g}", markup=False)
+            assert self.found.dense is not None
             try:
-                cell = make_cell(job, self.source, self.common.calibration, self.ruler, dense)
+                cell = make_cell(
+                    job, self.source, self.common.calibration, self.ruler, self.found.dense, self.found.dense_tasks
+                )
             finally:
                 if not self.keep:
                     shutil.rmtree(job.folder, ignore_errors=True)
             others = [c for c in self.found.cells if (c.label, c.rate) != (job.label, job.rate)]
-            self.save(_ordered(self.found.protocol, self.ruler.threads, dense, [*others, cell], jobs))
+            self._save(self.found.model_copy(update={"cells": _ordered([*others, cell], jobs)}))
 
     def _done(self, job: Job) -> bool:
         """Cells without a figure are tried again: that takes little, and the cause may be gone."""
         cell = self.found.cell(job.label, job.rate)
-        return cell is not None and cell.status == "measured" and cell.settings == job.settings.as_dict()
+        if cell is None or cell.status != "measured" or cell.settings != job.settings.as_dict():
+            return False
+        return bool(cell.tasks) or not self.ruler.tasks
 
-    def _dense(self) -> Perplexity:
-        """The dense model's; a .gguf file goes through a folder, for PyTorch. Raises UserError when it has none."""
+    def _dense(self) -> None:
+        """The dense model's figures; a .gguf file goes through a folder, for PyTorch. Raises UserError when it has none."""
         console.print("the dense model", markup=False)
         folder = self.source.path
-        if folder.is_dir():
-            return self._measured(folder)
         copy = self.out / CHECKPOINTS / "dense"
         try:
-            copy_checkpoint(self.source, copy)
-            return self._measured(copy)
+            if not folder.is_dir():
+                copy_checkpoint(self.source, copy)
+                folder = copy
+            if self.found.dense is None:
+                self._save(self.found.model_copy(update={"dense": self._measured(folder)}))
+            if self.ruler.tasks:
+                found = measure_checkpoint("dense", folder, self.ruler.tasks)
+                self._save(self.found.model_copy(update={"dense_tasks": found}))
         finally:
             if not self.keep:
                 shutil.rmtree(copy, ignore_errors=True)

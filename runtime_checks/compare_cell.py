@@ -2,7 +2,8 @@
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from runtime_checks.compare_schema import Cell, Estimate, Seconds
 from runtime_checks.memory import resident
 from runtime_checks.perplexity import mean_and_error
 from runtime_checks.schema import Perplexity
+from runtime_checks.task_files import Task
+from runtime_checks.task_schema import TaskResult
+from runtime_checks.tasks import measure_checkpoint
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.compress import prepare
 from sola_edge.config import CompressionSettings
@@ -45,6 +49,7 @@ class Ruler:
     windows: int
     threads: int
     ids_sha256: str
+    tasks: list[Task] = field(default_factory=list)
 
     def measure(self, folder: Path) -> tuple[Perplexity | None, list[str]]:
         """Perplexity in PyTorch in a fresh process, or why there is none. Raises UserError when the ids would be others."""
@@ -61,7 +66,9 @@ class Ruler:
         return report.results[0].perplexity, report.results[0].reasons
 
 
-def make_cell(job: Job, source: Checkpoint, calibration: str, ruler: Ruler, dense: Perplexity) -> Cell:
+def make_cell(
+    job: Job, source: Checkpoint, calibration: str, ruler: Ruler, dense: Perplexity, dense_tasks: Sequence[TaskResult]
+) -> Cell:
     """Compress and measure. A plan that cannot be made is a cell that says so. Raises UserError for all else."""
     counted = _forget_peak()
     start = time.perf_counter()
@@ -79,7 +86,7 @@ def make_cell(job: Job, source: Checkpoint, calibration: str, ruler: Ruler, dens
     del run
     found, reasons = ruler.measure(job.folder)
     seconds = Seconds(prepare=prepared - start, write=written - prepared, measure=time.perf_counter() - written)
-    made = {
+    made: dict[str, object] = {
         "achieved": plan.rate,
         "predicted": sum(plan.predicted_loss.values()) if predicts else None,
         "seconds": seconds,
@@ -89,6 +96,8 @@ def make_cell(job: Job, source: Checkpoint, calibration: str, ruler: Ruler, dens
     if found is None or found.value is None:
         return job.cell(status="failed", reason="; ".join(reasons) or "no perplexity", **made)
     rise = paired_rise(dense, found)
+    if ruler.tasks:
+        made["tasks"] = measure_checkpoint(job.folder.name, job.folder, ruler.tasks, dense_tasks)
     return job.cell(status="measured", rise=rise, ratio=exponential(rise), **made)
 
 

@@ -6,8 +6,11 @@ Units: nats for losses, bytes, seconds. A figure that was not measured or is not
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from runtime_checks.json_file import read_model, write_model
 from runtime_checks.schema import Frozen, Machine, Perplexity, ProtocolRecord
+from runtime_checks.task_schema import TaskFile, TaskResult
 
 COMPARISON = "compare.json"
 Status = Literal["measured", "unreachable", "failed"]
@@ -69,7 +72,8 @@ class Cell(Frozen):
 
     ratio: perplexity / the dense model's. rise: of the mean NLL, measured; ratio = exp(rise). Both standard errors are of
     the paired difference by window. predicted: the plan's own rise, on the calibration text and before the correction.
-    peak_memory: resident, of the process while it compressed. reason: why there is no figure.
+    peak_memory: resident, of the process while it compressed. tasks: zero-shot, paired with the dense model's. reason: why
+    there is no figure.
     """
 
     label: str
@@ -84,6 +88,7 @@ class Cell(Frozen):
     predicted: float | None = None
     seconds: Seconds | None = None
     peak_memory: int | None = None
+    tasks: list[TaskResult] = Field(default_factory=list)
 
 
 class Comparison(Frozen):
@@ -95,6 +100,8 @@ class Comparison(Frozen):
     machine: Machine
     protocol: ComparisonProtocol
     dense: Perplexity | None  # null until it is measured
+    task_files: list[TaskFile] = Field(default_factory=list)
+    dense_tasks: list[TaskResult] = Field(default_factory=list)
     cells: list[Cell]
 
     @property

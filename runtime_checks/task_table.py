@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime_checks.tasks import TaskFile, TaskReport, TaskResult
+from runtime_checks.task_schema import TaskFile, TaskReport, TaskResult
 
 
 def print_tasks(report: TaskReport, console: Console | None = None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,9 @@ from runtime_checks.json_file import write_model
 from runtime_checks.machine import checked_threads
 from runtime_checks.metrics import Floats
 from runtime_checks.runtimes.torch_ import loading_options
-from runtime_checks.schema import Frozen, Machine, Model
-from runtime_checks.task_files import Kind, Metric, Question, Task, read_tasks
+from runtime_checks.schema import Model
+from runtime_checks.task_files import Metric, Question, Task, read_tasks
+from runtime_checks.task_schema import Difference, Share, TaskFile, TaskReport, TaskResult
 from runtime_checks.task_scoring import NothingToScore, encode, log_likelihoods
 from runtime_checks.task_trees import Request
 from sola_edge.checkpoint import Checkpoint, copy_checkpoint, open_checkpoint
@@ -33,68 +34,6 @@ from sola_edge.errors import UserError
 from sola_edge.files import check_file_target
 
 Right = npt.NDArray[np.bool_]
-
-
-class Share(Frozen):
-    """A share of the questions, as a fraction."""
-
-    value: float
-    standard_error: float
-
-
-class Difference(Frozen):
-    """Accuracy minus that of the checkpoint `baseline` on the same questions, fractions; the error is the paired one."""
-
-    baseline: str
-    value: float
-    standard_error: float
-
-
-class TaskFile(Frozen):
-    """A task: which questions were asked and how they were judged."""
-
-    name: str
-    file: str
-    sha256: str  # of the file
-    in_file: int  # questions in the file, of which the first `questions` were asked
-    questions: int
-    choices: int  # of the questions asked, all together
-    kind: Kind  # answer: the choices follow the question; fill: the rest of the question follows each choice
-    metric: Metric  # what `accuracy` is
-
-
-class TaskResult(Frozen):
-    """One checkpoint on one task."""
-
-    model: str
-    task: str
-    n: int
-    metric: Metric
-    accuracy: Share
-    acc: Share
-    acc_norm: Share | None  # null where every choice is judged by the same words
-    difference: Difference | None  # null for the first checkpoint
-    chosen: list[int]  # by the metric: one index per question, so that any two results can be paired
-    tokens: int  # that the decoder was run on: shared beginnings once, padding included
-    positions: int  # that the output head was run on
-    seconds: float
-
-
-class TaskReport(Frozen):
-    """Every checkpoint on every task, checkpoint by checkpoint."""
-
-    schema_version: Literal[1] = 1
-    created: str  # UTC, ISO 8601
-    command: list[str]
-    machine: Machine
-    packages: dict[str, str]
-    tasks: list[TaskFile]
-    models: list[Model]
-    results: list[TaskResult]
-
-    def result(self, model: str, task: str) -> TaskResult:
-        """The cell of a row and a column."""
-        return next(r for r in self.results if (r.model, r.task) == (model, task))
 
 
 @dataclass(frozen=True)
@@ -131,15 +70,19 @@ def measure_tasks(
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
     results: list[TaskResult] = []
-    baseline: dict[str, Right] = {}
     for count, subject in enumerate(subjects, 1):
-        for result, right in _measure_all(subject, read, subjects[0].name, baseline):
-            results.append(result)
-            baseline.setdefault(result.task, right)
+        results += _measure_all(subject, read, results[: len(read)])
         report = _report(read, subjects[:count], results)
         if output is not None:
             write_model(report, output)
     return report
+
+
+def measure_checkpoint(
+    name: str, source: str | Path, tasks: list[Task], baseline: Sequence[TaskResult] = ()
+) -> list[TaskResult]:
+    """One checkpoint on every task, paired with results of another on the same tasks where they are given."""
+    return _measure_all(_subject(name, str(source), tasks), tasks, baseline)
 
 
 def _named(checkpoints: Sequence[str | Path]) -> dict[str, str]:
@@ -193,20 +136,27 @@ def loaded(checkpoint: Checkpoint) -> Iterator[Any]:
         yield transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-def _measure_all(
-    subject: _Subject, tasks: list[Task], first: str, baseline: dict[str, Right]
-) -> Iterator[tuple[TaskResult, Right]]:
-    """Results with which questions were answered right; `baseline` has the latter of the checkpoint called `first`."""
+def _measure_all(subject: _Subject, tasks: list[Task], baseline: Sequence[TaskResult]) -> list[TaskResult]:
+    before = {result.task: result for result in baseline}
+    found = []
     with loaded(subject.checkpoint) as model:
         for task, requests in zip(tasks, subject.requests, strict=True):
-            result, right = _measure(subject.name, model, task, requests)
-            if subject.name != first:
-                result = result.model_copy(update={"difference": paired(first, baseline[task.name], right)})
-            yield result, right
+            result = _measure(subject.name, model, task, requests)
+            if task.name in before:
+                first = before[task.name]
+                difference = paired(first.model, _right(first.chosen, task), _right(result.chosen, task))
+                result = result.model_copy(update={"difference": difference})
+            found.append(result)
+    return found
 
 
-def _measure(name: str, model: Any, task: Task, requests: list[Request]) -> tuple[TaskResult, Right]:
-    """A result without difference, and which questions were answered right by the task's metric."""
+def _right(chosen: Sequence[int], task: Task) -> Right:
+    """Which questions were answered right."""
+    return np.array(chosen) == np.array([row.answer for row in task.questions])
+
+
+def _measure(name: str, model: Any, task: Task, requests: list[Request]) -> TaskResult:
+    """A result without difference."""
     start = time.perf_counter()
     scores = log_likelihoods(model, requests, f"{task.name} of {name}")
     seconds = time.perf_counter() - start
@@ -216,12 +166,11 @@ def _measure(name: str, model: Any, task: Task, requests: list[Request]) -> tupl
             "its weights are damaged, make or fetch it again"
         )
     chosen = choose(task.questions, scores.values)
-    answers = np.array([row.answer for row in task.questions])
-    right = {metric: np.array(indices) == answers for metric, indices in chosen.items()}
-    result = TaskResult(
+    right = {metric: _right(indices, task) for metric, indices in chosen.items()}
+    return TaskResult(
         model=name,
         task=task.name,
-        n=len(answers),
+        n=len(task.questions),
         metric=task.metric,
         accuracy=share(right[task.metric]),
         acc=share(right["acc"]),
@@ -232,7 +181,6 @@ def _measure(name: str, model: Any, task: Task, requests: list[Request]) -> tupl
         positions=scores.positions,
         seconds=seconds,
     )
-    return result, right[task.metric]
 
 
 def choose(questions: Sequence[Question], values: Floats) -> dict[Metric, list[int]]:
@@ -260,9 +208,9 @@ def paired(baseline: str, before: Right, now: Right) -> Difference:
     return Difference(baseline=baseline, value=float(each.mean()), standard_error=error)
 
 
-def _report(tasks: list[Task], subjects: list[_Subject], results: list[TaskResult]) -> TaskReport:
-    where = new_report(torch.get_num_threads())
-    files = [
+def describe(tasks: Sequence[Task]) -> list[TaskFile]:
+    """The tasks as a report has them."""
+    return [
         TaskFile(
             name=task.name,
             file=str(task.path),
@@ -275,12 +223,16 @@ def _report(tasks: list[Task], subjects: list[_Subject], results: list[TaskResul
         )
         for task in tasks
     ]
+
+
+def _report(tasks: list[Task], subjects: list[_Subject], results: list[TaskResult]) -> TaskReport:
+    where = new_report(torch.get_num_threads())
     return TaskReport(
         created=where.created,
         command=where.command,
         machine=where.machine,
         packages=where.packages,
-        tasks=files,
+        tasks=describe(tasks),
         models=[subject.described() for subject in subjects],
         results=list(results),
     )

@@ -46,6 +46,10 @@ def compare(
     text: Text = "python-reference",
     context: Annotated[int, typer.Option(help="Tokens per scored window.")] = 2048,
     test_windows: Annotated[int, typer.Option(help="Windows to score.")] = 40,
+    task: Annotated[
+        list[Path] | None, typer.Option(help="Zero-shot too: a task file as of `check tasks`; repeatable.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, from its start; default: all.")] = None,
     threads: Threads = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the compressed checkpoints in OUT/checkpoints.")] = False,
     as_json: Json = False,
@@ -72,7 +76,7 @@ def compare(
         correction_windows=correction_windows,
         device=device,
     )
-    scoring = Scoring(text=text, context=context, windows=test_windows, threads=threads)
+    scoring = Scoring(text, context, test_windows, threads, tuple(task or ()), limit)
     found = run(model, out, labels, asked, common, scoring, keep=keep)
     if as_json:
         print(found.model_dump_json())

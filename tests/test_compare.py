@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from runtime_checks.compare_cell import paired_rise
 from runtime_checks.compare_schema import Comparison, read_comparison
 from runtime_checks.compare_table import markdown
 from runtime_checks.perplexity import perplexity
+from runtime_checks.tasks import measure_tasks
 from sola_edge.checkpoint import PROVENANCE, open_checkpoint
 from sola_edge.cli_compare import add_commands
 from sola_edge.errors import UserError
@@ -155,6 +157,26 @@ def test_another_protocol_is_refused_and_nothing_is_lost(
     with pytest.raises(UserError, match=r"another protocol \(options: align 4 there, 8 now\)"):
         run(folder, out, LABELS, [RATE], align=8)
     assert (out / "compare.json").read_bytes() == before
+
+
+def test_tasks_are_scored_in_the_same_run_and_added_to_a_comparison(folder: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"{i} and one more", "choices": ["two", "the end"], "answer": i % 2} for i in range(12)]
+    task = tmp_path / "sums.jsonl"
+    task.write_text("\n".join(map(json.dumps, rows)))
+    common = Common(calibration=str(folder / "calibration.txt"), **COMMON)
+    scoring = Scoring(str(folder / "test.txt"), CONTEXT, TEST_WINDOWS, 1)
+    arguments = (folder / "dense", tmp_path / "out", ["flap"], [RATE], common)
+    without = compare(*arguments, scoring)
+    found = compare(*arguments, replace(scoring, tasks=(task,), questions=10), keep=True)
+    assert not without.dense_tasks and found.cells[0].perplexity == without.cells[0].perplexity
+    own = measure_tasks([folder / "dense", tmp_path / "out" / "checkpoints" / "flap-0.15"], [task], limit=10)
+    assert found.dense_tasks[0].chosen == own.results[0].chosen
+    assert found.cells[0].tasks[0].chosen == own.results[1].chosen
+    assert own.results[1].difference is not None and found.cells[0].tasks[0].difference is not None
+    assert found.cells[0].tasks[0].difference.value == own.results[1].difference.value
+    assert "10 of 12 questions" in markdown(found)
+    with pytest.raises(UserError, match="other tasks or questions"):
+        compare(*arguments, replace(scoring, tasks=(task,), questions=9))
 
 
 def test_checkpoints_go_unless_kept_and_a_gguf_is_measured_too(folder: Path, tmp_path: Path) -> None:

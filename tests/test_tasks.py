@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from runtime_checks.task_files import Question, read_tasks
+from runtime_checks.task_schema import TaskReport
 from runtime_checks.task_scoring import NothingToScore, encode, log_likelihoods
 from runtime_checks.task_table import print_tasks
 from runtime_checks.task_trees import Request, batches, plant
-from runtime_checks.tasks import TaskReport, choose, loaded, measure_tasks, paired, share
+from runtime_checks.tasks import choose, loaded, measure_tasks, paired, share
 from sola_edge.architecture import ARCHITECTURES
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.errors import UserError

@@ -5,6 +5,7 @@ Such a class has (ids: list[int]; times in seconds; logits float32):
     load()                             the model, for up to `context` tokens
     version                            of the library
     logits(ids) -> (n, vocab)          of every position, from an empty context
+    nll(ids) -> (n - 1,)               optional: what metrics.window_nll makes of the logits, float64
     reset()                            to an empty context
     prefill(ids) -> seconds            ids in one go, computing what a user of the runtime would need next
     decode(count) -> seconds           count single-token steps from where the context is
