@@ -1,9 +1,9 @@
 """Text: a user's files, a hub data set, or what every machine with Python has.
 
-Two built-in texts need no network: `python-docstrings` (the standard library's documentation strings, the default for
-calibration) and `python-reference` (the language reference behind `help()`, the default for scoring). They share no file,
-so nothing is scored on what it was calibrated on, but both are technical English: a model calibrated on them keeps more
-of its ability there than elsewhere.
+Three built-in texts need no network: `mixed` (the default for calibration), `python-docstrings` (the standard library's
+documentation strings) and `python-reference` (the language reference behind `help()`, the default for scoring). The last
+shares no file with the others, so nothing is scored on what it was calibrated on. `mixed` takes turns by length between
+prose and questions that come with this package, documentation strings, and code of the standard library.
 """
 
 import ast
@@ -12,12 +12,15 @@ import json
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from sola_edge.errors import UserError
 
 SEPARATOR = "\n\n"
 SHORTEST = 200  # characters: one-line documentation strings are noise
+MIXED = 1_000_000  # characters of the mixed text: about 250,000 tokens
+LONGEST = 4000  # of a piece of code, so that no single one fills a window
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,46 @@ def _from_hub(name: str) -> list[str]:
         raise UserError(f"{name} is no file, and no data set with a text column on the hub ({line})") from error
 
 
+def _mixed() -> list[str]:
+    """Documents of four kinds, always of the one with least characters so far; a kind that is used up is left out."""
+    docstrings = (text for path in _standard_library() for text in _docstrings_of(path))
+    kinds = [iter(_shipped("prose.txt")), iter(_shipped("questions.txt")), docstrings, _code()]
+    lengths = dict.fromkeys(range(len(kinds)), 0)
+    found: list[str] = []
+    total = 0
+    while lengths and total < MIXED:
+        kind = min(lengths, key=lambda k: lengths[k])
+        document = next(kinds[kind], None)
+        if document is None:
+            del lengths[kind]
+            continue
+        found.append(document)
+        lengths[kind] += len(document)
+        total += len(document)
+    return found
+
+
+def _shipped(name: str) -> list[str]:
+    """Documents of a file of this package, which have a line of a tilde between them."""
+    return (resources.files("sola_edge") / "data" / name).read_text(encoding="utf-8").strip().split("\n~\n")
+
+
+def _code() -> Iterator[str]:
+    """Functions of the standard library that are neither tiny nor endless, in file order."""
+    for path in _standard_library():
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, OSError):
+            continue
+        lines = source.splitlines()
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                if SHORTEST <= len(text) <= LONGEST:
+                    yield text
+
+
 def _docstrings() -> list[str]:
     """Documentation strings of the standard library's modules, in file order: parsed, never imported."""
     return [text for path in _standard_library() for text in _docstrings_of(path)]
@@ -130,6 +173,10 @@ def _reference() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-BUILT_IN: dict[str, Callable[[], list[str]]] = {"python-docstrings": _docstrings, "python-reference": _reference}
+BUILT_IN: dict[str, Callable[[], list[str]]] = {
+    "mixed": _mixed,
+    "python-docstrings": _docstrings,
+    "python-reference": _reference,
+}
 DEFAULT_CALIBRATION = "python-docstrings"
 DEFAULT_SCORING = "python-reference"
