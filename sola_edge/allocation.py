@@ -191,7 +191,7 @@ def _combined(moves: Sequence[_Move], count: int) -> list[_Move]:
     single = [move for group in by_gain.values() for move in group]
     found = single
     for _ in range(count - 1):
-        joined = {}
+        joined: dict[int, _Move] = {}
         for one in found:
             for other in single:
                 if not one.ranks.keys() & other.ranks.keys():

@@ -31,7 +31,7 @@ from sola_edge.progress import track
 from sola_edge.runner import LayerRunner
 from sola_edge.texts import SEPARATOR, Text
 
-FORMAT = 1  # of the statistics on disk: other numbers are other files
+FORMAT = 2  # of the statistics on disk: other numbers are other files
 GRAM_BLOCK = 512  # channels: only blocks on and above the diagonal are multiplied
 
 # The input that each component's matrix multiplies: q, k, v share one, gate and up share one.
@@ -45,7 +45,8 @@ class LayerStatistics:
     """What calibration says of one decoder layer; sums are divided by the number of tokens.
 
     inputs: by input name (`INPUT_OF`) S = E[x xᵀ], (n_in, n_in). norms, means: (ffn,) mean |h_j| and mean h_j.
-    outputs: by component G = E[g gᵀ] of the gradients g of the summed NLL at its outputs, (n_out, n_out); {} without gradients.
+    outputs: by component G = E[g gᵀ] of the gradients g of the summed loss at its outputs (see LayerRunner.loss_gradient),
+    (n_out, n_out); {} without gradients.
     weights: by component ‖g‖² of each token that has a gradient, (tokens,); {} without gradients. All float32.
     """
 
@@ -234,7 +235,8 @@ class _Collector:
         total = 0.0
         with Activations.writing(self.journal, _gradient_name(self.layers), self._shape) as gradients:
             for i in track(range(len(self.with_gradient)), "gradient of the loss, window by window"):
-                gradient, loss = self.runner.loss_gradient(hidden.get(i), self.with_gradient[i])
+                labels = torch.Generator().manual_seed(i)  # of its own, so that a resumed run draws the same
+                gradient, loss = self.runner.loss_gradient(hidden.get(i), self.with_gradient[i], labels)
                 gradients.put(i, gradient.cpu())
                 total += loss
         self.runner.release_head()

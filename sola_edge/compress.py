@@ -45,7 +45,7 @@ from sola_edge.sequential import Sequential, stored
 from sola_edge.texts import load_text
 from sola_edge.view import Analysis, LayerView, Method, ModelView
 
-WORK_FORMAT = 2  # of analyses and rewritten layers on disk: other numbers are other files
+WORK_FORMAT = 3  # of analyses and rewritten layers on disk: other numbers are other files
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class Compression:
     @property
     def _correction_windows(self) -> int:
         """Without gradients, attention sinks rule the fit and make things worse: there is no correction then."""
-        return min(self.model.settings.correction_windows, self.statistics.gradient_windows)
+        count = min(self.model.settings.correction_windows, self.statistics.gradient_windows)
+        return count if count > 1 else 0  # its halves are compared
 
     def _key(self) -> str:
         content = {

@@ -121,6 +121,10 @@ class CompressionSettings:
             value = getattr(self, name)
             if value < 0:
                 raise UserError(f"{name.replace('_', ' ')} {value} is out of range: give 0 (none) or more")
+        if self.correction_windows == 1:
+            raise UserError(
+                "correction windows 1 is out of range: give 0 (none) or at least 2, whose halves are compared"
+            )
         if self.structure not in STRUCTURES:
             raise UserError(f"there is no structure {self.structure!r}; choose one of: {', '.join(STRUCTURES)}")
         if self.factors not in get_args(FactorPolicy):

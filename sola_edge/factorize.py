@@ -35,6 +35,20 @@ def damped(g: torch.Tensor) -> torch.Tensor:
     return g + DAMPING * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype, device=g.device)
 
 
+def shrunk(g: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """G drawn towards its diagonal by as much of its off-diagonal part as is expected to be noise.
+
+    squares (tokens,): ‖g‖² of the gradients that G is the mean of. The share is Σ Var(G_ij) / Σ G_ij² over i ≠ j (Schäfer &
+    Strimmer 2005), with Σ Var(G_ij) = E‖g‖⁴ / n - ‖G‖² / n, which a few tokens with huge gradients make large.
+    """
+    g, squares = g.double(), squares.double()
+    diagonal = torch.diag(g.diagonal())
+    noise = (squares.square().mean() - g.square().sum()) / len(squares)
+    signal = (g - diagonal).square().sum().clamp_min(torch.finfo(g.dtype).tiny)
+    share = (noise / signal).clamp(0, 1)
+    return (1 - share) * g + share * diagonal
+
+
 def cholesky(gram: torch.Tensor) -> torch.Tensor:
     """Lower factor L of S + ε I = L Lᵀ with the least ε of 1e-10, 1e-9, … mean diagonals that makes it definite."""
     scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)

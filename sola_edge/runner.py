@@ -17,7 +17,7 @@ from sola_edge.architecture import attention_implementation
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.layers import unfuse_linears
 
-HEAD_TOKENS = 256  # positions whose logits are in memory at once
+HEAD_TOKENS = 512  # positions whose logits are in memory at once
 
 
 class LayerRunner:
@@ -68,10 +68,14 @@ class LayerRunner:
         output = self.layer(hidden, **self._calls[key])
         return output[0] if isinstance(output, tuple) else output
 
-    def loss_gradient(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Gradient of the summed NLL of one window's next tokens, and that sum in nats.
+    def loss_gradient(
+        self, hidden: torch.Tensor, ids: torch.Tensor, labels: torch.Generator
+    ) -> tuple[torch.Tensor, float]:
+        """(gradient of the summed loss of one window's next tokens, their NLL in nats).
 
-        hidden (tokens, hidden): what the last layer gave; ids (tokens,).
+        hidden (tokens, hidden): what the last layer gave; ids (tokens,). The gradient is taken for next tokens that are drawn
+        from the model's own distribution: the second moment of such gradients is the Fisher information, the curvature of
+        the loss that the metric stands for, and a surprising word of the text does not outweigh all others in it.
         """
         norm, head = self._head
         hidden = hidden.to(self.device)
@@ -82,9 +86,10 @@ class LayerRunner:
             part = slice(start, min(start + HEAD_TOKENS, len(targets)))
             x = hidden[part].detach().requires_grad_()
             logits = soft_capped(F.linear(norm(x), head), self.checkpoint.config)
-            loss = F.cross_entropy(logits, targets[part], reduction="sum")
-            (gradient[part],) = torch.autograd.grad(loss, x)
-            total += float(loss.detach())
+            likely = logits.detach().log_softmax(-1)
+            total -= float(likely.gather(1, targets[part, None]).sum())
+            drawn = drawn_labels(likely, labels)
+            (gradient[part],) = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), x)
         return gradient, total
 
     @property
@@ -126,13 +131,23 @@ class LayerRunner:
         handle = model.layers[0].register_forward_pre_hook(_catch, with_kwargs=True)
         try:
             with torch.no_grad():
-                batch = embedded if embedded.dim() == 3 else embedded[None]
-                model(inputs_embeds=batch.to(self.device), use_cache=False)
+                batch = (embedded if embedded.dim() == 3 else embedded[None]).to(self.device)
+                # told that nothing is padded, transformers asks for causal attention instead of making a mask, which
+                # halves what attention costs
+                seen = torch.ones(batch.shape[:2], dtype=torch.int64, device=self.device)
+                model(inputs_embeds=batch, attention_mask=seen, use_cache=False)
         except _Caught as caught:
             return caught.positional, caught.named
         finally:
             handle.remove()
         raise RuntimeError(f"{type(model).__name__} did not call its layer")
+
+
+def drawn_labels(log_p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One index from each row's distribution, (rows,), by where a uniform number falls in the cumulated probabilities."""
+    cumulated = log_p.exp().cumsum(-1)
+    uniform = torch.rand(len(log_p), 1, generator=generator).to(log_p.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, uniform, right=True).flatten().clamp_max(log_p.shape[1] - 1)
 
 
 class _Caught(Exception):

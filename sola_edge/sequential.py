@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from sola_edge.activations import Activations
-from sola_edge.calibration import INPUT_OF, PROBE, STAGES
+from sola_edge.calibration import INPUT_OF, PROBE, STAGES, Gram
 from sola_edge.config import MatrixLayout
 from sola_edge.journal import Journal
 from sola_edge.layers import empty_linear
 from sola_edge.runner import LayerRunner
-from sola_edge.view import Correction, LayerView, Rewriter
+from sola_edge.view import Correction, LayerView, Moments, Rewriter
 
+HEAVIEST = 4.0  # of a token's weight before it is mixed with 1
 TOKEN_WEIGHT = 0.5  # share of a token's weight that goes by its gradient; without it, attention sinks rule the fit
 
 
@@ -71,6 +72,45 @@ class Sequential:
 
 def _state(stream: str, layer: int) -> str:
     return f"{stream}-{layer:03d}.bin"
+
+
+class _Sums:
+    """Sums up one half's Moments, window by window; products in float32, sums in float64."""
+
+    def __init__(self) -> None:
+        self._gram = Gram()
+        self._cross: torch.Tensor | None = None
+        self._drift: torch.Tensor | None = None
+
+    def add(self, x_hat: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, missing: torch.Tensor | None) -> None:
+        """x_hat (tokens, n̂), x (tokens, n), weights (tokens,), missing (tokens, hidden)."""
+        self._gram.add(x_hat * weights.sqrt()[:, None])
+        weighted = x_hat * weights[:, None]
+        self._cross = _plus(self._cross, x.to(x_hat.device).T @ weighted)
+        if missing is not None:
+            self._drift = _plus(self._drift, missing.to(x_hat.device).T @ weighted)
+
+    def moments(self, tokens: int) -> Moments:
+        """Raises ValueError where no window was added."""
+        if self._cross is None:
+            raise ValueError("a correction needs at least two windows")
+        drift = None if self._drift is None else self._drift / tokens
+        return Moments(self._gram.mean(tokens).to(self._cross), self._cross / tokens, drift)
+
+
+def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    return part.double() if total is None else total.add_(part)
+
+
+def winsorized(squares: torch.Tensor) -> torch.Tensor:
+    """Token weights of mean 1 out of ‖g‖², (tokens,), none above `HEAVIEST`.
+
+    A few tokens have gradients a thousand times the others'; uncapped, a fit would be to those few alone.
+    """
+    weights = squares.double()
+    for _ in range(100):
+        weights = (weights / weights.mean().clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(HEAVIEST)
+    return weights.float()
 
 
 class _LayerPass:
@@ -128,23 +168,16 @@ class _LayerPass:
         return found
 
     def _correction(self, stage: str, produce: Any) -> Correction:
-        """Run a stage's input x̂ over all windows, keep it, and sum up what Correction holds."""
+        """Run a stage's input x̂ over all windows, keep it, and sum up what Correction holds, even and odd windows apart."""
         weights = self._token_weights(stage)
-        sums: list[Any] = [0, 0, 0]
         original = self._kept("original", stage)
+        sums = (_Sums(), _Sums())
         for i in range(self._count):
             x_hat = produce(i)
             self._kept("compressed", stage, x_hat.shape[-1]).put(i, x_hat.cpu())
-            weighted = x_hat * weights[i][:, None]
-            device = x_hat.device
-            sums[0] = sums[0] + (weighted.T @ x_hat).double()
-            sums[1] = sums[1] + (original.get(i).to(device).T @ weighted).double()
-            missing = self._missing(stage, i)
-            if missing is not None:
-                sums[2] = sums[2] + (missing.to(device).T @ weighted).double()
+            sums[i % 2].add(x_hat, original.get(i), weights[i], self._missing(stage, i))
         tokens = self._streams._windows.numel()
-        s, cross, drift = (value / tokens for value in sums)
-        return Correction(s, cross, drift if isinstance(drift, torch.Tensor) else None)
+        return Correction((sums[0].moments(tokens), sums[1].moments(tokens)))
 
     def _token_weights(self, stage: str) -> torch.Tensor:
         """(windows, tokens) float32, mean 1."""
@@ -153,8 +186,7 @@ class _LayerPass:
         for component in STAGES[stage]:
             squares = self._view.token_weights(component)
             if squares is not None:
-                squares = squares[: windows.numel()]
-                found.append(squares / squares.mean().clamp_min(torch.finfo(torch.float32).tiny))
+                found.append(winsorized(squares[: windows.numel()]))
         if not found:
             return torch.ones(windows.shape, device=self._runner.device)
         mean = torch.stack(found).mean(0).view(windows.shape).to(self._runner.device)

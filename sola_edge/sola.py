@@ -203,28 +203,35 @@ class SolaRewriter:
         """The matrix to store, before truncation: kept neurons in order, refitted, corrected."""
         view = self._view
         weight = view.weight(component)
+        g = None if correction is None else view.g(component)
         if component in ATTENTION:
-            return corrected(weight, weight, correction)
+            return corrected(weight, weight, correction, g)
         if component == "down":
             whole = len(self.order) == view.model.ffn
             start = weight[:, self.order] if whole else refit(weight, view.s("down"), self.order)
-            return corrected(start, weight, correction)
-        return corrected(weight[self.order], weight[self.order], correction)
+            return corrected(start, weight, correction, g)
+        rows = weight[self.order]
+        return corrected(rows, rows, correction, None if g is None else g[self.order][:, self.order])
 
     def _marginal(
         self, component: str, source: torch.Tensor, correction: Correction | None = None
     ) -> tuple[torch.Tensor, Metric]:
         """The part of a matrix that a product replaces, and its metric."""
         view, prime = self._view, self.prime
-        g = view.g(component)
-        s = view.s(component) if correction is None else correction.s
+        g, s = view.g(component), self._inputs(component, correction)
         if component in ATTENTION:
             return source, Metric(s, g)
         if component != "down":
             rows = self.order[prime:]
             return source[prime:], Metric(s, None if g is None else g[rows][:, rows])
-        inputs = s if correction is not None else s[self.order][:, self.order]
-        return source[:, prime:], Metric(prime_split(inputs, prime).marginal, g)
+        return source[:, prime:], Metric(prime_split(s, prime).marginal, g)
+
+    def _inputs(self, component: str, correction: Correction | None) -> torch.Tensor:
+        """S of the component's inputs in their final order; with a correction of x̂ and x alike, which steadies it."""
+        s = self._view.s(component)
+        if component == "down":
+            s = s[self.order][:, self.order]
+        return s if correction is None else (s + correction.whole.s) / 2
 
     def _parts(self, component: str, correction: Correction | None) -> dict[str, torch.Tensor]:
         source = self._source(component, correction)
@@ -238,8 +245,8 @@ class SolaRewriter:
             parts["prime"] = source[: self.prime] if layout.split == "out" else source[:, : self.prime]
         if layout.prime and component == "down":
             # what the product leaves out is taken up by the prime columns as far as they can
-            s = correction.s if correction is not None else self._view.s("down")[self.order][:, self.order]
-            parts["prime"] = parts["prime"] + (weight - b @ a) @ prime_split(s, self.prime).transfer
+            transfer = prime_split(self._inputs("down", correction), self.prime).transfer
+            parts["prime"] = parts["prime"] + (weight - b @ a) @ transfer
         return parts
 
 

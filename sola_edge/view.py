@@ -12,7 +12,7 @@ from sola_edge.calibration import INPUT_OF, LayerStatistics, Statistics
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.config import CompressionSettings, MatrixLayout, alignment_for
 from sola_edge.errors import UserError
-from sola_edge.factorize import Metric, damped
+from sola_edge.factorize import Metric, damped, shrunk
 from sola_edge.planning import Plan
 
 Analysis = dict[str, torch.Tensor]  # what a method notes of one layer, kept on disk until it plans
@@ -120,9 +120,11 @@ class LayerView:
         return self._placed(self._found.inputs[INPUT_OF[component]])
 
     def g(self, component: str) -> torch.Tensor | None:
-        """Damped G of the gradients at the component's outputs, None where the statistics have none."""
+        """Shrunk and damped G of the gradients at the component's outputs, None where the statistics have none."""
         found = self._found.outputs.get(component)
-        return None if found is None else damped(self._placed(found))
+        if found is None:
+            return None
+        return damped(shrunk(self._placed(found), self._placed(self._found.weights[component])))
 
     def metric(self, component: str) -> Metric:
         """S and G of a component."""
@@ -147,16 +149,36 @@ class LayerView:
 
 
 @dataclass(frozen=True)
-class Correction:
-    """What the compressed model's own inputs x̂ of a stage say (sequential.py); w weighs tokens, mean 1. float64.
+class Moments:
+    """What the compressed model's own inputs x̂ of a stage say in some windows (sequential.py); w weighs tokens. float64.
 
-    s: E[w x̂ x̂ᵀ] (n̂, n̂). cross: E[w x x̂ᵀ] (n, n̂), x the original inputs. drift: E[w d x̂ᵀ] (hidden, n̂), d what the
-    residual stream lacks of the original's; None where the outputs do not join it directly.
+    Sums over those windows divided by the number of all tokens, so that moments of parts add up. s: Σ w x̂ x̂ᵀ (n̂, n̂).
+    cross: Σ w x x̂ᵀ (n, n̂), x the original inputs. drift: Σ w d x̂ᵀ (hidden, n̂), d what the residual stream lacks of the
+    original's; None where the outputs do not join it directly.
     """
 
     s: torch.Tensor
     cross: torch.Tensor
     drift: torch.Tensor | None
+
+    def residual(self, start: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        """Σ w (W x + d - W₀ x̂) x̂ᵀ, (n_out, n̂): what W₀ = `start` leaves of the outputs that W = `original` gave."""
+        found = original @ self.cross - start @ self.s
+        return found if self.drift is None else found + self.drift
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Moments of two halves of the windows, so that what is fitted on one can be judged on the other."""
+
+    halves: tuple[Moments, Moments]
+
+    @property
+    def whole(self) -> Moments:
+        """Of all windows."""
+        one, other = self.halves
+        drift = None if one.drift is None or other.drift is None else one.drift + other.drift
+        return Moments(one.s + other.s, one.cross + other.cross, drift)
 
 
 class Rewriter(Protocol):

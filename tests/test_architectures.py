@@ -22,7 +22,7 @@ from sola_edge.calibration import INPUT_OF, PROBE, Calibration, collect
 from sola_edge.checkpoint import Checkpoint, copy_checkpoint, open_checkpoint
 from sola_edge.errors import UserError
 from sola_edge.layers import FusedLinear, HybridLinear
-from sola_edge.runner import LayerRunner
+from sola_edge.runner import LayerRunner, drawn_labels
 from sola_edge.testing import EXACT_FORMS, exact_pair, tiny_checkpoint
 
 LAYERS = 4
@@ -89,7 +89,7 @@ def test_layer_by_layer_it_is_the_whole_model(tmp_path: Path, case: str) -> None
         last = model.model(IDS).last_hidden_state
     expected = logits(model)
     torch.testing.assert_close(model.model.norm(hidden), last, rtol=1e-5, atol=1e-5)
-    gradient, loss = runner.loss_gradient(hidden[0], IDS[0])
+    gradient, loss = runner.loss_gradient(hidden[0], IDS[0], torch.Generator().manual_seed(0))
     nll = F.cross_entropy(expected[0, :-1], IDS[0, 1:], reduction="sum")
     assert loss == pytest.approx(nll.item(), rel=1e-6)
     assert gradient.abs().max() > 0
@@ -113,6 +113,13 @@ def test_half_precision_is_run_in_float32(tmp_path: Path, model_type: str) -> No
     assert torch.equal(LayerRunner(open_checkpoint(folder)).embed(IDS), expected)
 
 
+def test_labels_are_drawn_from_the_model_s_distribution() -> None:
+    log_p = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(20_000, 3)
+    share = drawn_labels(log_p, torch.Generator().manual_seed(0)).bincount() / len(log_p)
+    assert share.tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.015)
+    assert set(drawn_labels(torch.tensor([[0.0, 1.0, 0.0]]).log().expand(99, 3), torch.Generator()).tolist()) == {1}
+
+
 class Autograd:
     """E[x xᵀ] and E[g gᵀ] of every matrix by a backward pass through transformers' whole model."""
 
@@ -124,9 +131,10 @@ class Autograd:
         for layer in range(checkpoint.layers):
             for component in COMPONENTS:
                 self._listen(layer, component)
-        for ids in IDS:
-            output = self.model(ids[None]).logits[0]
-            F.cross_entropy(output[:-1], ids[1:], reduction="sum").backward()
+        for i, ids in enumerate(IDS):
+            output = self.model(ids[None]).logits[0, :-1]
+            labels = drawn_labels(output.detach().log_softmax(-1), torch.Generator().manual_seed(i))
+            F.cross_entropy(output, labels, reduction="sum").backward()
 
     def _listen(self, layer: int, component: str) -> None:
         """Of a fused matrix the component's rows alone: those below the ones of the components before it."""

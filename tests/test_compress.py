@@ -1,8 +1,11 @@
 """Compression end to end on tiny models, its statistics, and what it leaves untouched."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,6 +191,31 @@ def test_killed_and_resumed_gives_the_same_bytes(
     resumed = compress(source, tmp_path / "resumed", settings, text).path
     assert sha256_file(resumed / "model.safetensors") == sha256_file(whole / "model.safetensors")
     assert (resumed / PROVENANCE).read_text() == (whole / PROVENANCE).read_text()
+
+
+def test_killed_processes_leave_what_a_next_one_goes_on_with(tmp_path: Path, text: str) -> None:
+    """SIGKILL at three moments, spread over the time that a whole run takes; then the same bytes as without."""
+    source = tiny_checkpoint(tmp_path / "dense", layers=8, hidden=128, ffn=512)
+    code = "import sys; from sola_edge.cli import main; sys.argv[0] = 'sola-edge'; main()"
+    options = ["--rate", "0.2", "--align", "8", "--calibration", text, "--window", "64", "--windows", "16"]
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", code, "compress", str(source), str(tmp_path / name), *options]
+        environment = {**os.environ, "SOLA_EDGE_CACHE": str(tmp_path / f"cache-{name}")}
+        return subprocess.Popen([*command, "--correction-windows", "4"], env=environment, stdout=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start("whole").wait() == 0
+    whole = time.monotonic() - began
+    for share in (0.6, 0.8, 0.9):  # of the time; most of the first half is spent on importing
+        process = start("resumed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(share * whole)
+        process.kill()
+        process.wait()
+    assert start("resumed").wait() == 0
+    for name in ("model.safetensors", "config.json", PROVENANCE):
+        assert sha256_file(tmp_path / "resumed" / name) == sha256_file(tmp_path / "whole" / name)
 
 
 def test_a_damaged_piece_is_not_believed(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sola_edge.factorize import Metric, cost, damped, factors, pivoted, remaining, retained_energy, spectrum
+from sola_edge.factorize import Metric, cost, damped, factors, pivoted, remaining, retained_energy, shrunk, spectrum
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
@@ -97,3 +97,35 @@ def test_pivots_lose_nothing_and_stay_small(rows: int, columns: int, seed: int, 
     product = torch.cat([found.a, found.b @ found.a])
     assert torch.allclose(product, (b @ a)[found.order], atol=1e-8)
     assert not found.b.numel() or found.b.abs().max() <= 1.05 + 1e-9
+
+
+def test_shrinking_by_hand() -> None:
+    """Two tokens (3, 3) and (1, -1): G = [[5, 4], [4, 5]], E‖g‖⁴ = 164, ‖G‖² = 82, so noise of 41 in 32: all of it."""
+    g = torch.tensor([[5.0, 4.0], [4.0, 5.0]])
+    assert shrunk(g, torch.tensor([18.0, 2.0])).tolist() == [[5, 0], [0, 5]]
+    many = shrunk(g, torch.tensor([18.0, 2.0]).repeat(500))  # 82 / 1000 of 32
+    share = 0.082 / 32
+    assert many.flatten().tolist() == pytest.approx([5, 4 * (1 - share), 4 * (1 - share), 5])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 30), st.integers(0, 1000))
+def test_shrinking_keeps_the_diagonal_and_definiteness(size: int, tokens: int, seed: int) -> None:
+    g = torch.randn(size, tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = shrunk(g @ g.T / tokens, g.square().sum(0))
+    torch.testing.assert_close(found.diagonal(), (g @ g.T / tokens).diagonal())
+    assert torch.linalg.eigvalsh(found).min() > -1e-9
+
+
+def test_shrinking_comes_nearer_to_the_truth() -> None:
+    """To the second moment that gradients with heavy tails are drawn from."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.eye(20, dtype=torch.float64) + 0.05 * torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    plain = better = 0.0
+    for _ in range(20):
+        size = torch.rand(40, generator=generator, dtype=torch.float64).reciprocal().sqrt().clamp_max(10)
+        g = root @ torch.randn(20, 40, generator=generator, dtype=torch.float64) * size
+        truth = root @ root.T * size.square().mean()
+        plain += float((g @ g.T / 40 - truth).square().sum())
+        better += float((shrunk(g @ g.T / 40, g.square().sum(0)) - truth).square().sum())
+    assert better < 0.7 * plain
