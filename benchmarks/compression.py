@@ -2,7 +2,7 @@
 
     python benchmarks/compression.py scaling [--out FILE.json]     random models, each compressed in a fresh process
     python benchmarks/compression.py smollm2 [--windows 16]        SmolLM2-135M: forward-only and the full method
-    python benchmarks/compression.py layer [--hidden 4096 --ffn 11008]     the linear algebra of one decoder layer
+    python benchmarks/compression.py layer [--hidden 4096 --ffn 11008]     the dearest linear algebra of one decoder layer
 
 Time is of the wall, memory the resident peak of the process (both include starting Python and PyTorch). Nothing is asserted: a
 line says how far doubling is from doubling.
@@ -85,7 +85,10 @@ def smollm2(windows: int) -> list[Run]:
 
 
 def layer(hidden: int, ffn: int) -> dict[str, float]:
-    """Seconds of what `sola` computes for one decoder layer of that shape, on random statistics, float64."""
+    """Seconds of the dearest single steps of `sola` for a decoder layer of that shape, on random statistics, float64.
+
+    A layer has four attention matrices, and its FFN is examined in seven forms.
+    """
     torch.manual_seed(0)
     seconds: dict[str, float] = {}
 

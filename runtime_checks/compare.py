@@ -28,10 +28,12 @@ from runtime_checks.machine import checked_threads, machine, packages
 from runtime_checks.protocol import make_protocol
 from runtime_checks.schema import Perplexity
 from runtime_checks.task_files import read_tasks
-from runtime_checks.tasks import describe, measure_checkpoint
+from runtime_checks.task_schema import TaskFile
+from runtime_checks.tasks import check_tasks, describe, measure_checkpoint
+from sola_edge.calibration import FORMAT as STATISTICS_FORMAT
 from sola_edge.calibration import read_calibration
 from sola_edge.checkpoint import PROVENANCE, Checkpoint, copy_checkpoint, open_checkpoint
-from sola_edge.compress import check_source
+from sola_edge.compress import WORK_FORMAT, check_source
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
 from sola_edge.files import check_folder_target, replace_file
@@ -146,11 +148,19 @@ def _protocol(name: str, source: Checkpoint, common: Common, scoring: Scoring) -
         weights_sha256=source.weights_sha256,
         scoring=scored.record(),
         calibration=CalibrationRecord(**calibration.describe()),
-        options={**shared, "windows asked": common.windows},
+        options={
+            **shared,
+            "windows asked": common.windows,
+            "format of statistics": STATISTICS_FORMAT,
+            "format of layers": WORK_FORMAT,
+        },
         versions={name: version for name, version in packages().items() if name in COMPUTING},
     )
     threads = checked_threads(scoring.threads)
+    if scoring.questions is not None and not scoring.tasks:
+        raise UserError("a limit of questions says nothing without a task: name a task file too")
     tasks = read_tasks(scoring.tasks, scoring.questions) if scoring.tasks else []
+    check_tasks(source, tasks)
     return protocol, Ruler(text, scoring.context, scoring.windows, threads, scored.ids_sha256, tasks)
 
 
@@ -164,6 +174,11 @@ def _resumed(out: Path, protocol: ComparisonProtocol) -> Comparison | None:
     if difference:
         raise UserError(f"{path} is a comparison under another protocol ({difference}); give another folder")
     return known
+
+
+def _asked(files: Sequence[TaskFile]) -> set[tuple[str, str, int]]:
+    """What was asked, wherever the files are and in whichever order."""
+    return {(file.name, file.sha256, file.questions) for file in files}
 
 
 def _ordered(cells: Sequence[Cell], jobs: Sequence[Job]) -> list[Cell]:
@@ -182,7 +197,7 @@ class _Run:
     def begin(self, known: Comparison | None, protocol: ComparisonProtocol, jobs: Sequence[Job]) -> None:
         """What is known goes on. Raises UserError where its tasks are others than those asked for."""
         files = describe(self.ruler.tasks)
-        if known and files and known.task_files and known.task_files != files:
+        if known and files and known.task_files and _asked(known.task_files) != _asked(files):
             raise UserError(f"{self.out} holds a comparison on other tasks or questions; give another folder")
         self._save(
             Comparison(
@@ -239,7 +254,7 @@ class _Run:
             if self.found.dense is None:
                 self._save(self.found.model_copy(update={"dense": self._measured(folder)}))
             if self.ruler.tasks:
-                found = measure_checkpoint("dense", folder, self.ruler.tasks)
+                found = measure_checkpoint("dense", folder, self.ruler.tasks, threads=self.ruler.threads)
                 self._save(self.found.model_copy(update={"dense_tasks": found}))
         finally:
             if not self.keep:

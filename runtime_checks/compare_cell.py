@@ -97,7 +97,12 @@ def make_cell(
         return job.cell(status="failed", reason="; ".join(reasons) or "no perplexity", **made)
     rise = paired_rise(dense, found)
     if ruler.tasks:
-        made["tasks"] = measure_checkpoint(job.folder.name, job.folder, ruler.tasks, dense_tasks)
+        try:
+            made["tasks"] = measure_checkpoint(
+                job.folder.name, job.folder, ruler.tasks, dense_tasks, threads=ruler.threads
+            )
+        except UserError as error:
+            return job.cell(status="failed", reason=str(error), **made)
     return job.cell(status="measured", rise=rise, ratio=exponential(rise), **made)
 
 

@@ -79,10 +79,25 @@ def measure_tasks(
 
 
 def measure_checkpoint(
-    name: str, source: str | Path, tasks: list[Task], baseline: Sequence[TaskResult] = ()
+    name: str, source: str | Path, tasks: list[Task], baseline: Sequence[TaskResult] = (), *, threads: int
 ) -> list[TaskResult]:
-    """One checkpoint on every task, paired with results of another on the same tasks where they are given."""
-    return _measure_all(_subject(name, str(source), tasks), tasks, baseline)
+    """One checkpoint on every task, paired with results of another on the same tasks where they are given.
+
+    Raises UserError for log-likelihoods that are not finite.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _measure_all(_subject(name, str(source), tasks), tasks, baseline)
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_tasks(checkpoint: Checkpoint, tasks: list[Task]) -> None:
+    """Raises UserError for a question that the model cannot take."""
+    tokenizer = checkpoint.tokenizer()
+    for task in tasks:
+        _requests(task, tokenizer, checkpoint.path.name, checkpoint.config)
 
 
 def _named(checkpoints: Sequence[str | Path]) -> dict[str, str]:

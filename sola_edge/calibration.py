@@ -295,10 +295,13 @@ class Gram:
             rows = slice(row, row + GRAM_BLOCK)
             self._total[rows, row:] += x[:, rows].T @ x[:, row:]
 
+    def total(self) -> torch.Tensor:
+        """Σ x xᵀ, (n, n) float64, symmetric."""
+        return self._total.triu() + self._total.triu(1).T
+
     def mean(self, tokens: int) -> torch.Tensor:
         """(n, n) float32 on the CPU, symmetric."""
-        upper = self._total.triu()
-        return ((upper + upper.triu(1).T) / tokens).float().cpu()
+        return (self.total() / tokens).float().cpu()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Fitting a matrix to the inputs that the compressed model really gives it, in closed form, as far as new text confirms it.
+"""Fitting a matrix to the inputs that the compressed model really gives it, in closed form, as far as other text confirms it.
 
     W* = W₀ + α R (Ŝ + μ I)⁻¹,   R = Σ w (y - W₀ x̂) x̂ᵀ,   Ŝ = Σ w x̂ x̂ᵀ
 
@@ -9,6 +9,7 @@ other: a change D fitted on one lowers the other's error by 2 α tr(G D Rᵀ) - 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,43 +17,77 @@ from sola_edge.factorize import cholesky
 from sola_edge.view import Correction, Moments
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # μ that are tried
+ROUNDING = 1e-6  # of the output's energy: what a correction saves of less is rounding, as where x̂ is x
 
 
-def corrected(
-    start: torch.Tensor, original: torch.Tensor, correction: Correction | None, g: torch.Tensor | None = None
-) -> torch.Tensor:
-    """W* (n_out, n̂) for W₀ = `start` (n_out, n̂) and W = `original` (n_out, n); `start` itself without a correction.
+@dataclass(frozen=True)
+class Problem:
+    """W₀ = start (n_out, n̂), W = original (n_out, n), g = G (n_out, n_out) of the outputs or None for the identity."""
 
-    g: G (n_out, n_out) of the matrix's outputs, None for the identity.
-    """
+    start: torch.Tensor
+    original: torch.Tensor
+    g: torch.Tensor | None = None
+
+    def weighed(self, matrix: torch.Tensor) -> torch.Tensor:
+        """G matrix."""
+        return matrix if self.g is None else self.g @ matrix
+
+
+def corrected(problems: Sequence[Problem], correction: Correction | None) -> list[torch.Tensor]:
+    """W* of matrices that share their inputs, (n_out, n̂) each; their W₀ without a correction or where none is confirmed."""
+    found = [problem.start for problem in problems]
     if correction is None:
-        return start
-    residuals = [half.residual(start, original) for half in correction.halves]
-    tried = [(*_confirmed(correction.halves, residuals, ridge, g), ridge) for ridge in RIDGES]
-    gain, share, ridge = max(tried)
-    if gain <= 0:
-        return start
-    return start + share * _fit(correction.whole.s, residuals[0] + residuals[1], ridge)
+        return found
+    residuals = [[half.residual(p.start, p.original) for half in correction.halves] for p in problems]
+    chosen = _chosen(problems, residuals, correction.halves)
+    s = correction.halves[0].s + correction.halves[1].s
+    for ridge in RIDGES:
+        those = [n for n, (_, _, own) in enumerate(chosen) if own == ridge]
+        root = _root(s, ridge) if those else s
+        for n in those:
+            found[n] = found[n] + chosen[n][1] * _fit(root, residuals[n][0] + residuals[n][1])
+    return found
 
 
-def _confirmed(
-    halves: Sequence[Moments], residuals: Sequence[torch.Tensor], ridge: float, g: torch.Tensor | None
-) -> tuple[float, float]:
+def _chosen(
+    problems: Sequence[Problem], residuals: Sequence[Sequence[torch.Tensor]], halves: Sequence[Moments]
+) -> list[tuple[float, float, float]]:
+    """(gain, α, μ) of each problem; μ is 0 where nothing is confirmed."""
+    least = [
+        ROUNDING * float((p.weighed(p.start) @ (halves[0].s + halves[1].s) * p.start).sum().abs()) for p in problems
+    ]
+    best = [(gain, 0.0, 0.0) for gain in least]
+    weighed = [[p.weighed(residual) for residual in own] for p, own in zip(problems, residuals, strict=True)]
+    for ridge in RIDGES:
+        saved, noise = [0.0] * len(problems), [0.0] * len(problems)
+        for one, other in ((0, 1), (1, 0)):
+            root = _root(halves[one].s, ridge)
+            for n, problem in enumerate(problems):
+                change = _fit(root, residuals[n][one])
+                saved[n] += float((change * weighed[n][other]).sum())
+                noise[n] += float(((problem.weighed(change) @ halves[other].s) * change).sum())
+        for n in range(len(problems)):
+            best[n] = max(best[n], (*_confirmed(saved[n], noise[n]), ridge))
+    return best
+
+
+def _confirmed(saved: float, noise: float) -> tuple[float, float]:
     """(what the halves' fits save of each other's error, the α for a fit to both); (0, 0) where they save nothing."""
-    saved = noise = 0.0
-    for one, other in ((0, 1), (1, 0)):
-        change = _fit(halves[one].s, residuals[one], ridge)
-        weighed = change if g is None else g @ change
-        saved += float((weighed * residuals[other]).sum())
-        noise += float(((weighed @ halves[other].s) * change).sum())
     if saved <= 0 or noise <= 0:
         return 0.0, 0.0
     alpha = min(saved / noise, 1.0)
-    return alpha * saved, 2 * alpha / (1 + alpha)  # noise = signal (1 / α), and twice the tokens halve what exceeds it
+    return alpha * (2 * saved - alpha * noise), 2 * alpha / (
+        1 + alpha
+    )  # twice the tokens halve what noise exceeds saved by
 
 
-def _fit(s: torch.Tensor, residual: torch.Tensor, ridge: float) -> torch.Tensor:
+def _root(s: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The Cholesky factor of S + μ I."""
+    ridged = s.clone()
+    ridged.diagonal().add_(ridge * s.diagonal().mean())
+    return cholesky(ridged)
+
+
+def _fit(root: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """R (S + μ I)⁻¹."""
-    mu = ridge * s.diagonal().mean()
-    root = cholesky(s + mu * torch.eye(len(s), dtype=s.dtype, device=s.device))
     return torch.cholesky_solve(residual.T, root).T

@@ -1,8 +1,8 @@
 """(W, statistics, rank) → factors. Pure functions, in float64.
 
 One metric for all: a change ΔW of a matrix costs tr(G ΔW S ΔWᵀ), S = E[x xᵀ] of its inputs, G of the loss gradients at
-its outputs (half of it is the rise of the mean NLL in nats that a second-order expansion with the empirical Fisher
-information predicts), or G = I without gradients. Whichever side of W is smaller is decomposed:
+its outputs (half of it is the rise of the mean NLL in nats that a second-order expansion with the Fisher information
+predicts), or G = I without gradients. Whichever side of W is smaller is decomposed:
 
     n_in ≤ n_out:  S = L Lᵀ,  Lᵀ Wᵀ G W L = V Σ² Vᵀ,   Ŵ = (W L V_r)(V_rᵀ L⁻¹)
     else:          G = L Lᵀ,  Lᵀ W S Wᵀ L = U Σ² Uᵀ,   Ŵ = (L⁻ᵀ U_r)(U_rᵀ Lᵀ W)
@@ -14,6 +14,8 @@ Both give the Ŵ of rank r that costs least, Σ_{i>r} σ_i². With G = I it is t
 from dataclasses import dataclass
 
 import torch
+
+from sola_edge.errors import UserError
 
 JITTER = 1e-10  # of the mean diagonal: keeps the Cholesky factor of a singular Gram matrix defined
 DAMPING = 1e-3  # of G's mean diagonal: directions without any gradient still cost something
@@ -31,31 +33,40 @@ class Metric:
 
 def damped(g: torch.Tensor) -> torch.Tensor:
     """G plus `DAMPING` of its mean diagonal on the diagonal, float64."""
-    g = g.double()
-    return g + DAMPING * g.diagonal().mean() * torch.eye(len(g), dtype=g.dtype, device=g.device)
+    found = g.double().clone()
+    found.diagonal().add_(DAMPING * found.diagonal().mean())
+    return found
 
 
 def shrunk(g: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     """G drawn towards its diagonal by as much of its off-diagonal part as is expected to be noise.
 
-    squares (tokens,): ‖g‖² of the gradients that G is the mean of. The share is Σ Var(G_ij) / Σ G_ij² over i ≠ j (Schäfer &
-    Strimmer 2005), with Σ Var(G_ij) = E‖g‖⁴ / n - ‖G‖² / n, which a few tokens with huge gradients make large.
+    squares (tokens,): ‖g‖² of the gradients that G is the mean of. The share is Σ Var(G_ij) / Σ_{i≠j} G_ij² (Schäfer &
+    Strimmer 2005), with Σ Var(G_ij) = (E‖g‖⁴ - ‖G‖²) / n, which a few tokens with huge gradients make large. That sum is
+    over all i, j; the diagonal's part of it, which would need E g_i⁴, is left in: it is small where many channels take part.
     """
     g, squares = g.double(), squares.double()
-    diagonal = torch.diag(g.diagonal())
+    diagonal = g.diagonal().clone()
     noise = (squares.square().mean() - g.square().sum()) / len(squares)
-    signal = (g - diagonal).square().sum().clamp_min(torch.finfo(g.dtype).tiny)
-    share = (noise / signal).clamp(0, 1)
-    return (1 - share) * g + share * diagonal
+    signal = (g.square().sum() - diagonal.square().sum()).clamp_min(torch.finfo(g.dtype).tiny)
+    found = g * (1 - (noise / signal).clamp(0, 1))
+    found.diagonal().copy_(diagonal)
+    return found
 
 
 def cholesky(gram: torch.Tensor) -> torch.Tensor:
-    """Lower factor L of S + ε I = L Lᵀ with the least ε of 1e-10, 1e-9, … mean diagonals that makes it definite."""
+    """Lower factor L of S + ε I = L Lᵀ with the least ε of 1e-10, 1e-9, … mean diagonals that makes it definite.
+
+    Raises UserError for a matrix that is not finite.
+    """
+    if not gram.isfinite().all():
+        raise UserError("activations or weights are not finite: the checkpoint is damaged or overflows in its own type")
     scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     jitter = JITTER
     while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + jitter * scale * eye)
+        shifted = gram.clone()
+        shifted.diagonal().add_(jitter * scale)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return factor
         jitter *= 10

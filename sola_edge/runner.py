@@ -86,10 +86,11 @@ class LayerRunner:
             part = slice(start, min(start + HEAD_TOKENS, len(targets)))
             x = hidden[part].detach().requires_grad_()
             logits = soft_capped(F.linear(norm(x), head), self.checkpoint.config)
-            likely = logits.detach().log_softmax(-1)
-            total -= float(likely.gather(1, targets[part, None]).sum())
-            drawn = drawn_labels(likely, labels)
-            (gradient[part],) = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), x)
+            p = logits.detach().softmax(-1)
+            smallest = torch.finfo(p.dtype).tiny
+            total -= float(p.gather(1, targets[part, None]).clamp_min(smallest).log().sum())
+            p.scatter_add_(1, drawn_labels(p, labels)[:, None], p.new_full((len(p), 1), -1.0))
+            (gradient[part],) = torch.autograd.grad(logits, x, p)  # of -log p[drawn] in the logits: p - onehot(drawn)
         return gradient, total
 
     @property
@@ -143,11 +144,11 @@ class LayerRunner:
         raise RuntimeError(f"{type(model).__name__} did not call its layer")
 
 
-def drawn_labels(log_p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def drawn_labels(p: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One index from each row's distribution, (rows,), by where a uniform number falls in the cumulated probabilities."""
-    cumulated = log_p.exp().cumsum(-1)
-    uniform = torch.rand(len(log_p), 1, generator=generator).to(log_p.device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, uniform, right=True).flatten().clamp_max(log_p.shape[1] - 1)
+    cumulated = p.cumsum(-1)
+    uniform = torch.rand(len(p), 1, generator=generator).to(p.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, uniform, right=True).flatten().clamp_max(p.shape[1] - 1)
 
 
 class _Caught(Exception):

@@ -17,6 +17,7 @@ from torch import nn
 from sola_edge.activations import Activations
 from sola_edge.calibration import INPUT_OF, PROBE, STAGES, Gram
 from sola_edge.config import MatrixLayout
+from sola_edge.errors import UserError
 from sola_edge.journal import Journal
 from sola_edge.layers import empty_linear
 from sola_edge.runner import LayerRunner
@@ -95,7 +96,7 @@ class _Sums:
         if self._cross is None:
             raise ValueError("a correction needs at least two windows")
         drift = None if self._drift is None else self._drift / tokens
-        return Moments(self._gram.mean(tokens).to(self._cross), self._cross / tokens, drift)
+        return Moments(self._gram.total() / tokens, self._cross / tokens, drift)
 
 
 def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,7 @@ def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
 
 
 def winsorized(squares: torch.Tensor) -> torch.Tensor:
-    """Token weights of mean 1 out of ‖g‖², (tokens,), none above `HEAVIEST`.
+    """Token weights of mean 1 out of ‖g‖², (tokens,), none above `HEAVIEST` (so the mean is less where few are not zero).
 
     A few tokens have gradients a thousand times the others'; uncapped, a fit would be to those few alone.
     """
@@ -168,14 +169,14 @@ class _LayerPass:
         return found
 
     def _correction(self, stage: str, produce: Any) -> Correction:
-        """Run a stage's input x̂ over all windows, keep it, and sum up what Correction holds, even and odd windows apart."""
+        """Run a stage's input x̂ over all windows, keep it, and sum up what Correction holds, the two halves apart."""
         weights = self._token_weights(stage)
         original = self._kept("original", stage)
         sums = (_Sums(), _Sums())
         for i in range(self._count):
             x_hat = produce(i)
             self._kept("compressed", stage, x_hat.shape[-1]).put(i, x_hat.cpu())
-            sums[i % 2].add(x_hat, original.get(i), weights[i], self._missing(stage, i))
+            sums[2 * i // self._count].add(x_hat, original.get(i), weights[i], self._missing(stage, i))
         tokens = self._streams._windows.numel()
         return Correction((sums[0].moments(tokens), sums[1].moments(tokens)))
 
@@ -255,13 +256,13 @@ class _LayerPass:
         hidden = self._inputs["compressed"].get(window)[None]
         h = self._kept("compressed", "down").get(window)[None].to(self._runner.device)
         done = self._module("down")(h)
-        with self._attention_done(window), _replaced(self._runner.layer, _root(self._row.gate), _Answer(done)):
+        with self._attention_done(window), _answering(self._runner.layer, _root(self._row.gate), done):
             return self._runner.run(hidden)[0]
 
     def _attention_done(self, window: int) -> Any:
         """The attention module answers with the output that is already known up to its last matrix."""
         x = self._kept("compressed", "o").get(window)[None].to(self._runner.device)
-        return _replaced(self._runner.layer, _root(self._row.o), _Answer((self._module("o")(x), None)))
+        return _answering(self._runner.layer, _root(self._row.o), (self._module("o")(x), None))
 
     def _until(self, component: str, hidden: torch.Tensor) -> torch.Tensor:
         """Run the layer up to a component and return that component's input, (tokens, n)."""
@@ -281,8 +282,14 @@ class _LayerPass:
 
 
 def stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors in a checkpoint's type; indices stay what they are."""
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    """The tensors in a checkpoint's type; indices stay what they are. Raises UserError for one that overflows in it."""
+    found = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    for name, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{name} is not finite in {str(dtype).removeprefix('torch.')}; store the model in float32 first"
+            )
+    return found
 
 
 def _root(module: str) -> str:
@@ -312,20 +319,28 @@ def _input_of(module: nn.Module, stop: bool = False) -> Iterator[list[torch.Tens
 
 
 class _Answer(nn.Module):
-    """Stands for a module whose output is known."""
+    """Stands for a module whose output is known; what a layer asks of the module besides, the module answers."""
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, module: nn.Module) -> None:
         super().__init__()
         self._output = output
+        self._module = (module,)  # in a tuple, so that it is no part of this one
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_module"][0], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self._output
 
 
 @contextlib.contextmanager
-def _replaced(layer: nn.Module, name: str, stand_in: nn.Module) -> Iterator[None]:
+def _answering(layer: nn.Module, name: str, output: Any) -> Iterator[None]:
+    """While the block runs, the layer's module of that name gives `output`."""
     own = layer.get_submodule(name)
-    layer.set_submodule(name, stand_in)
+    layer.set_submodule(name, _Answer(output, own))
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from sola_edge.architecture import ATTENTION, FFN
 from sola_edge.budget import Options, allocate
 from sola_edge.calibration import STAGES
 from sola_edge.config import CompressionSettings, FactorPolicy, MatrixLayout
-from sola_edge.correct import corrected
+from sola_edge.correct import Problem, corrected
 from sola_edge.factorize import Metric, factors, pivoted, remaining, spectrum
 from sola_edge.forms import FfnChoices, MatrixChoices, ffn_choices, matrix_choices
 from sola_edge.neurons import neuron_order, prime_split, refit
@@ -179,8 +179,9 @@ class SolaRewriter:
         found: dict[str, torch.Tensor] = {}
         if name == "ffn":
             self._settle_order()
-        for component in STAGES[name]:
-            parts = self._parts(component, correction)
+        problems = [self._problem(component, correction is not None) for component in STAGES[name]]
+        for component, source in zip(STAGES[name], corrected(problems, correction), strict=True):
+            parts = self._parts(component, source, correction)
             found |= {f"{self._view.module(component)}.{part}": tensor for part, tensor in parts.items()}
             bias = self._view.bias(component)
             if bias is not None:
@@ -194,24 +195,21 @@ class SolaRewriter:
         layout = self._layouts["gate"]
         if layout is None or not layout.pivot:
             return
-        weight, metric = self._marginal("gate", self._source("gate", None))
+        weight, metric = self._marginal("gate", self._problem("gate").start)
         found = pivoted(*factors(weight, metric, layout.rank))
         marginal = self.order[self.prime :]
         self.order = torch.cat([self.order[: self.prime], marginal[found.order]])
 
-    def _source(self, component: str, correction: Correction | None) -> torch.Tensor:
-        """The matrix to store, before truncation: kept neurons in order, refitted, corrected."""
+    def _problem(self, component: str, weighed: bool = False) -> Problem:
+        """The matrix to store, before truncation (kept neurons in order, refitted), and what it stands for."""
         view = self._view
-        weight = view.weight(component)
-        g = None if correction is None else view.g(component)
-        if component in ATTENTION:
-            return corrected(weight, weight, correction, g)
+        weight, g = view.weight(component), view.g(component) if weighed else None
         if component == "down":
             whole = len(self.order) == view.model.ffn
-            start = weight[:, self.order] if whole else refit(weight, view.s("down"), self.order)
-            return corrected(start, weight, correction, g)
-        rows = weight[self.order]
-        return corrected(rows, rows, correction, None if g is None else g[self.order][:, self.order])
+            return Problem(weight[:, self.order] if whole else refit(weight, view.s(component), self.order), weight, g)
+        if component in FFN:
+            weight, g = weight[self.order], None if g is None else g[self.order][:, self.order]
+        return Problem(weight, weight, g)
 
     def _marginal(
         self, component: str, source: torch.Tensor, correction: Correction | None = None
@@ -231,10 +229,9 @@ class SolaRewriter:
         s = self._view.s(component)
         if component == "down":
             s = s[self.order][:, self.order]
-        return s if correction is None else (s + correction.whole.s) / 2
+        return s if correction is None else (s + correction.s) / 2
 
-    def _parts(self, component: str, correction: Correction | None) -> dict[str, torch.Tensor]:
-        source = self._source(component, correction)
+    def _parts(self, component: str, source: torch.Tensor, correction: Correction | None) -> dict[str, torch.Tensor]:
         layout = self._layouts[component]
         if layout is None or layout.rank == 0:
             return {"weight": source}

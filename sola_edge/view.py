@@ -174,11 +174,9 @@ class Correction:
     halves: tuple[Moments, Moments]
 
     @property
-    def whole(self) -> Moments:
-        """Of all windows."""
-        one, other = self.halves
-        drift = None if one.drift is None or other.drift is None else one.drift + other.drift
-        return Moments(one.s + other.s, one.cross + other.cross, drift)
+    def s(self) -> torch.Tensor:
+        """Σ w x̂ x̂ᵀ over all windows."""
+        return self.halves[0].s + self.halves[1].s
 
 
 class Rewriter(Protocol):

@@ -20,6 +20,8 @@ import sola_edge  # noqa: F401  (registers the quantization method)
 from sola_edge.architecture import ARCHITECTURES, COMPONENTS, attention_implementation, matrix_shape, rope_type
 from sola_edge.calibration import INPUT_OF, PROBE, Calibration, collect
 from sola_edge.checkpoint import Checkpoint, copy_checkpoint, open_checkpoint
+from sola_edge.compress import compress
+from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
 from sola_edge.layers import FusedLinear, HybridLinear
 from sola_edge.runner import LayerRunner, drawn_labels
@@ -114,10 +116,10 @@ def test_half_precision_is_run_in_float32(tmp_path: Path, model_type: str) -> No
 
 
 def test_labels_are_drawn_from_the_model_s_distribution() -> None:
-    log_p = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(20_000, 3)
-    share = drawn_labels(log_p, torch.Generator().manual_seed(0)).bincount() / len(log_p)
+    p = torch.tensor([[0.5, 0.3, 0.2]]).expand(20_000, 3)
+    share = drawn_labels(p, torch.Generator().manual_seed(0)).bincount() / len(p)
     assert share.tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.015)
-    assert set(drawn_labels(torch.tensor([[0.0, 1.0, 0.0]]).log().expand(99, 3), torch.Generator()).tolist()) == {1}
+    assert set(drawn_labels(torch.tensor([[0.0, 1.0, 0.0]]).expand(99, 3), torch.Generator()).tolist()) == {1}
 
 
 class Autograd:
@@ -133,7 +135,7 @@ class Autograd:
                 self._listen(layer, component)
         for i, ids in enumerate(IDS):
             output = self.model(ids[None]).logits[0, :-1]
-            labels = drawn_labels(output.detach().log_softmax(-1), torch.Generator().manual_seed(i))
+            labels = drawn_labels(output.detach().softmax(-1), torch.Generator().manual_seed(i))
             F.cross_entropy(output, labels, reduction="sum").backward()
 
     def _listen(self, layer: int, component: str) -> None:
@@ -447,3 +449,17 @@ def test_rows_are_immutable_and_hashable() -> None:
         assert isinstance(hash(row), int)
         with pytest.raises(dataclasses.FrozenInstanceError):
             row.q = "x"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_architecture_is_compressed_and_corrected(tmp_path: Path, case: str) -> None:
+    """Fused matrices, biases, norms after the blocks, layers of two kinds: the corrected model loads and is finite."""
+    folder, text = tiny(tmp_path / "model", case), tmp_path / "text.txt"
+    text.write_text("".join(f"{i}: pack my box with five dozen jugs.\n" for i in range(40)))
+    settings = CompressionSettings(
+        rate=0.2, align=8, window=32, max_windows=8, gradient_windows=8, correction_windows=4
+    )
+    made = compress(folder, tmp_path / "small", settings, str(text))
+    found = logits(AutoModelForCausalLM.from_pretrained(made.path).eval())
+    assert found.isfinite().all()
+    assert made.plan.rate == pytest.approx(0.2, rel=0.005)

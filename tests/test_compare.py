@@ -177,6 +177,13 @@ def test_tasks_are_scored_in_the_same_run_and_added_to_a_comparison(folder: Path
     assert "10 of 12 questions" in markdown(found)
     with pytest.raises(UserError, match="other tasks or questions"):
         compare(*arguments, replace(scoring, tasks=(task,), questions=9))
+    with pytest.raises(UserError, match="nothing without a task"):
+        compare(*arguments, replace(scoring, questions=9))
+    moved = task.rename(tmp_path / "elsewhere.jsonl").rename(tmp_path / "sums.jsonl")
+    task.with_name("long.jsonl").write_text(json.dumps({**rows[0], "question": "again and " * 600}))
+    assert compare(*arguments, replace(scoring, tasks=(moved,), questions=10)).cells == found.cells
+    with pytest.raises(UserError, match="more than the context"):
+        compare(*arguments, replace(scoring, tasks=(task.with_name("long.jsonl"),)))
 
 
 def test_checkpoints_go_unless_kept_and_a_gguf_is_measured_too(folder: Path, tmp_path: Path) -> None:

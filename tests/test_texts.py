@@ -68,3 +68,15 @@ def test_replace_folder_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
         raise RuntimeError
     assert (target / "x").read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_mixed_text_has_all_kinds_from_the_start_and_nothing_of_the_scoring_text() -> None:
+    documents = load_text("mixed").documents
+    begun = documents[:60]
+    assert any(d.startswith("Question: ") and "\nAnswer: " in d for d in begun)
+    assert any(d.startswith(("def ", "class ")) for d in begun)
+    assert any(d in load_text("python-docstrings").documents for d in begun)
+    assert any(d.startswith("The tide that enters") for d in begun)
+    assert not set(documents) & set(load_text("python-reference").documents)
+    assert not any("\n~" in d or len(d) < 20 for d in documents)
+    assert 1_000_000 <= sum(map(len, documents)) < 1_100_000
