@@ -23,6 +23,7 @@ from runtime_checks.schema import Speed
 from runtime_checks.throughput import interleave, random_prompt
 from sola_edge.errors import UserError
 from sola_edge.testing import byte_tokenizer, tiny_checkpoint
+from sola_edge.texts import load_text
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while.\n" * 8
 
@@ -461,9 +462,8 @@ def test_compressed_smollm2_is_the_same_in_every_runtime(
     export_onnx(smollm2_compressed, paths[1])
     export_gguf(smollm2_compressed, paths[2], type="f16")
     export_gguf(smollm2_compressed, paths[3], type="q8_0")
-    text = " ".join(str(pow(7, i)) + " is a power of seven, and the next one is larger." for i in range(200))
-    sizes = {"context": 256, "windows": 2, "prompt": 64, "generate": 8, "rounds": 1, "continuation": 64}
-    report = measure_models({"compressed": paths}, text, **sizes)
+    sizes = {"context": 256, "windows": 4, "prompt": 64, "generate": 8, "rounds": 1, "continuation": 64}
+    report = measure_models({"compressed": paths}, load_text("python-reference").joined, **sizes)
     assert report.passed, [r.reasons for r in report.results]
     found = {(r.runtime, r.precision): r for r in report.results}
     reference = found["torch", "fp32"].perplexity
