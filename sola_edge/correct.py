@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sola_edge.factorize import cholesky
-from sola_edge.view import Correction, Moments
+from sola_edge.view import Correction
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # μ that are tried
 ROUNDING = 1e-6  # of the output's energy: what a correction saves of less is rounding, as where x̂ is x
@@ -39,8 +39,8 @@ def corrected(problems: Sequence[Problem], correction: Correction | None) -> lis
     if correction is None:
         return found
     residuals = [[half.residual(p.start, p.original) for half in correction.halves] for p in problems]
-    chosen = _chosen(problems, residuals, correction.halves)
-    s = correction.halves[0].s + correction.halves[1].s
+    chosen = _chosen(problems, residuals, correction)
+    s = correction.s
     for ridge in RIDGES:
         those = [n for n, (_, _, own) in enumerate(chosen) if own == ridge]
         root = _root(s, ridge) if those else s
@@ -50,12 +50,11 @@ def corrected(problems: Sequence[Problem], correction: Correction | None) -> lis
 
 
 def _chosen(
-    problems: Sequence[Problem], residuals: Sequence[Sequence[torch.Tensor]], halves: Sequence[Moments]
+    problems: Sequence[Problem], residuals: Sequence[Sequence[torch.Tensor]], correction: Correction
 ) -> list[tuple[float, float, float]]:
     """(gain, α, μ) of each problem; μ is 0 where nothing is confirmed."""
-    least = [
-        ROUNDING * float((p.weighed(p.start) @ (halves[0].s + halves[1].s) * p.start).sum().abs()) for p in problems
-    ]
+    halves, s = correction.halves, correction.s
+    least = [ROUNDING * float((p.weighed(p.start) @ s * p.start).sum().abs()) for p in problems]
     best = [(gain, 0.0, 0.0) for gain in least]
     weighed = [[p.weighed(residual) for residual in own] for p, own in zip(problems, residuals, strict=True)]
     for ridge in RIDGES:
@@ -76,9 +75,8 @@ def _confirmed(saved: float, noise: float) -> tuple[float, float]:
     if saved <= 0 or noise <= 0:
         return 0.0, 0.0
     alpha = min(saved / noise, 1.0)
-    return alpha * (2 * saved - alpha * noise), 2 * alpha / (
-        1 + alpha
-    )  # twice the tokens halve what noise exceeds saved by
+    doubled = 2 * alpha / (1 + alpha)  # twice the tokens halve what noise exceeds saved by
+    return alpha * (2 * saved - alpha * noise), doubled
 
 
 def _root(s: torch.Tensor, ridge: float) -> torch.Tensor:

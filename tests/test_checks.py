@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from runtime_checks import bench, check_parity, measure_models, measure_perplexity
 from runtime_checks.artefacts import open_artefact
@@ -18,7 +19,7 @@ from runtime_checks.perplexity import mean_and_error, perplexity
 from runtime_checks.process import CheckError, Child
 from runtime_checks.protocol import make_protocol, read_text
 from runtime_checks.reference import check_space
-from runtime_checks.runtimes import RUNTIMES, RuntimeRow
+from runtime_checks.runtimes import RUNTIMES, RuntimeRow, torch_
 from runtime_checks.schema import Speed
 from runtime_checks.throughput import interleave, random_prompt
 from sola_edge.errors import UserError
@@ -44,6 +45,18 @@ def test_nll_is_minus_log_probability_of_the_next_token() -> None:
     logits = logits_of([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]) + 7  # a shift changes nothing
     nll = window_nll(logits, np.array([2, 1, 0]))
     assert nll == pytest.approx([-math.log(0.25), -math.log(0.1)], rel=1e-6)
+
+
+def test_pytorchs_nll_is_what_its_logits_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, and NaN where a logit of the position is not finite; the last position scores nothing."""
+    logits = torch.randn(600, 50, generator=torch.Generator().manual_seed(0))
+    logits[7, 3], logits[300], logits[-1] = math.inf, math.nan, math.nan
+    runtime = object.__new__(torch_.Runtime)
+    monkeypatch.setattr(runtime, "_logits", lambda ids: logits)
+    ids = torch.randint(50, (600,), generator=torch.Generator().manual_seed(1)).tolist()
+    found = runtime.nll(ids)
+    np.testing.assert_allclose(found, window_nll(logits.numpy(), np.array(ids)), rtol=1e-12)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [7, 300]
 
 
 def test_perplexity_and_its_standard_error_by_hand() -> None:
