@@ -149,16 +149,28 @@ def export_onnx(
     checkpoint: Annotated[str, typer.Argument(help="A folder (compressed or dense), a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     graph: Annotated[str, typer.Option(help="genai: what onnxruntime-genai and ONNX Runtime run.")] = "genai",
-    precision: Annotated[str, typer.Option(help="Type of the weights.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32; int8: blocks of 16, near fp32; int4: blocks of 32.")] = "fp32",
+    block: Annotated[
+        int | None, typer.Option(help="Input channels that share a scale: 16, 32, 64, 128 or 256.")
+    ] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Blocks without or with a zero point.")
+    ] = None,
+    int8_activations: Annotated[
+        bool | None,
+        typer.Option("--int8-activations/--fp32-activations", help="Multiply in integers (faster) or in fp32."),
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="The head's own precision, and a tied embedding's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write an ONNX folder: model.onnx, its weights, genai_config.json, tokenizer.
 
-    Example: sola-edge export onnx build/small build/small-onnx
+    Example: sola-edge export onnx build/small build/small-onnx --precision int8
     """
-    from exporters.onnx import export
+    from exporters.onnx import Quantization, export
 
-    result = export(checkpoint, out, graph=graph, precision=precision)
+    quantization = Quantization(block, symmetric, int8_activations, head)
+    result = export(checkpoint, out, graph=graph, precision=precision, quantization=quantization)
     _print({"path": str(result.path), "bytes": result.bytes, "files": len(result.files)}, "exported", as_json)
 
 

@@ -1,5 +1,6 @@
 """ONNX: `export` writes a checkpoint as a folder for onnxruntime, onnxruntime-genai and optimum."""
 
-from exporters.onnx.export import GRAPHS, PRECISIONS, export
+from exporters.onnx.export import GRAPHS, export
+from exporters.onnx.precision import PRECISIONS, Quantization
 
-__all__ = ["GRAPHS", "PRECISIONS", "export"]
+__all__ = ["GRAPHS", "PRECISIONS", "Quantization", "export"]

@@ -10,7 +10,9 @@ import onnx_ir as ir
 
 from exporters.onnx.graph import MICROSOFT, GraphBuilder, hidden, width
 from exporters.onnx.linear import Linears, Pieces
+from exporters.onnx.precision import Weights
 from exporters.onnx.rope import rotary_tables
+from exporters.onnx.vocabulary import Vocabulary
 from sola_edge.architecture import head_dim, kv_heads
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
@@ -33,12 +35,13 @@ class AttentionInputs:
 class Decoder:
     """Builds the graph of one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, graph: GraphBuilder) -> None:
+    def __init__(self, checkpoint: Checkpoint, graph: GraphBuilder, weights: Weights) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.names = checkpoint.architecture
         self.graph = graph
-        self.linear = Linears(graph, checkpoint)
+        self.linear = Linears(graph, checkpoint, weights.products(graph))
+        self.vocabulary = Vocabulary(graph, checkpoint, weights.head)
         self.heads = self.config.num_attention_heads
         self.kv_heads = kv_heads(self.config)
         self.head_dim = head_dim(self.config)
@@ -59,7 +62,7 @@ class Decoder:
         mask = self.graph.input("attention_mask", INT64, ("batch_size", "total_sequence_length"))
         pasts = [(self._past(i, "key"), self._past(i, "value")) for i in range(self.checkpoint.layers)]
         shared = self._attention_inputs(mask)
-        stream = self._embedding(ids)
+        stream = self.vocabulary.embedding(ids)
         added: ir.Value | None = None
         presents = []
         for i, past in enumerate(pasts):
@@ -69,7 +72,7 @@ class Decoder:
             added = self._ffn(i, x)
             presents.append(present)
         x, _ = self._norm(self.names.final_norm, stream, added)
-        self.graph.output(self._head(x), "logits")
+        self.graph.output(self.vocabulary.head(x), "logits")
         for i, (key, value) in enumerate(presents):
             self.graph.output(key, f"present.{i}.key")
             self.graph.output(value, f"present.{i}.value")
@@ -101,17 +104,6 @@ class Decoder:
     def _stored(self, name: str) -> ir.Value:
         """A tensor of the checkpoint as it is."""
         return self.graph.weight(name, self.checkpoint.shape(name), lambda: self.checkpoint.tensor(name))
-
-    def _embedding(self, ids: ir.Value) -> ir.Value:
-        table = self._stored(f"{self.names.embedding}.weight")
-        return self.graph.op("Gather", [table, ids], self.names.embedding, hidden(self.config.hidden_size), axis=0)
-
-    def _head(self, x: ir.Value) -> ir.Value:
-        """Logits. The matrix keeps its stored orientation (vocabulary, hidden), so a tied one is the embedding itself."""
-        module = self.names.embedding if self.checkpoint.tied else self.names.head
-        matrix = self._stored(f"{module}.weight")
-        inputs, shape = [x, matrix], hidden(self.config.vocab_size)
-        return self.graph.op("FusedMatMul", inputs, self.names.head, shape, domain=MICROSOFT, transB=1)
 
     def _norm(self, module: str, stream: ir.Value, added: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """(normalized, stream) of stream + added by RMSNorm.

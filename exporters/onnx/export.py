@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from exporters.onnx.decoder import Decoder
 from exporters.onnx.genai_config import write_companions
-from exporters.onnx.graph import GraphBuilder, Precision
+from exporters.onnx.graph import GraphBuilder
+from exporters.onnx.precision import Quantization, Weights, weights
 from exporters.result import ExportResult
 from exporters.support import check_supported
 from sola_edge import __version__
@@ -27,26 +27,31 @@ from sola_edge.progress import track
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 MARKER = "sola-edge.json"  # provenance; tells an earlier export of ours from anybody's model
-PRECISIONS = {row.name: row for row in (Precision("fp32", ir.DataType.FLOAT, torch.float32),)}
-GRAPHS: dict[str, Callable[[Checkpoint, GraphBuilder], Any]] = {"genai": lambda c, g: Decoder(c, g).build()}
+GRAPHS: dict[str, Callable[[Checkpoint, GraphBuilder, Weights], Any]] = {
+    "genai": lambda c, g, w: Decoder(c, g, w).build()
+}
 
 
 def export(
-    checkpoint_path: str | Path, out_dir: str | Path, graph: str = "genai", precision: str = "fp32"
+    checkpoint_path: str | Path,
+    out_dir: str | Path,
+    graph: str = "genai",
+    precision: str = "fp32",
+    quantization: Quantization | None = None,
 ) -> ExportResult:
     """Export a dense or compressed checkpoint (folder, .gguf or hub id) into the folder `out_dir`.
 
-    The result's `path` is model.onnx. Raises UserError for an unknown graph or precision, a checkpoint that cannot be
-    read or expressed, and an `out_dir` that holds anything but an earlier export.
+    The result's `path` is model.onnx. Raises UserError for an unknown graph or precision, choices that do not go with it,
+    a checkpoint that cannot be read or expressed, and an `out_dir` that holds anything but an earlier export.
     """
-    build, row = _choose("graph", graph, GRAPHS), _choose("precision", precision, PRECISIONS)
+    build, stored = _choose("graph", graph, GRAPHS), weights(precision, quantization)
     folder = Path(out_dir)
     check_folder_target(folder, MARKER)
     checkpoint = open_checkpoint(checkpoint_path)
     check_supported(checkpoint, "ONNX")
-    provenance = _provenance(checkpoint)
-    builder = GraphBuilder(row)
-    build(checkpoint, builder)
+    provenance = _provenance(checkpoint) | {"precision": precision}
+    builder = GraphBuilder(stored.precision)
+    build(checkpoint, builder, stored)
     metadata = {
         key: content if isinstance(content, str) else json.dumps(content) for key, content in provenance.items()
     }

@@ -20,14 +20,19 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights and activations are stored: a name for the command line, the ONNX type and torch's."""
+    """How weights and activations are stored: a name for the command line, the ONNX type and torch's.
+
+    bits: of the weights of matrices where they are quantized in blocks, 0 where they have the type of the rest.
+    """
 
     name: str
     onnx: ir.DataType
     torch: torch.dtype
+    bits: int = 0
 
 
 INDICES = Precision("int32", ir.DataType.INT32, torch.int32)  # positions among channels, whatever the weights are
+BYTES = Precision("uint8", ir.DataType.UINT8, torch.uint8)  # packed small integers
 
 
 class GraphBuilder:

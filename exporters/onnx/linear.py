@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx.graph import INDICES, GraphBuilder, hidden, width
+from exporters.onnx.products import Matrix, Products
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.config import MatrixLayout
 
@@ -21,9 +22,10 @@ Pieces = tuple[ir.Value, ...]
 class Linears:
     """Makes the nodes of a checkpoint's matrices in one graph."""
 
-    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint) -> None:
+    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, products: Products) -> None:
         self.graph = graph
         self.checkpoint = checkpoint
+        self.products = products
 
     def __call__(self, module: str, x: Pieces) -> ir.Value:
         """W x + bias as one tensor."""
@@ -88,10 +90,12 @@ class Linears:
         return outer
 
     def _matmul(self, name: str, x: ir.Value) -> ir.Value:
-        """x Wᵀ for a stored W (n_out, n_in); the initializer is Wᵀ (n_in, n_out), as MatMul wants it."""
+        """x Wᵀ for a stored W."""
+        return self.products(name.removesuffix(".weight"), x, self._stored(name))
+
+    def _stored(self, name: str) -> Matrix:
         n_out, n_in = self.checkpoint.shape(name)
-        weight = self.graph.weight(name, (n_in, n_out), lambda: self.checkpoint.tensor(name).T)
-        return self.graph.op("MatMul", [x, weight], name.removesuffix(".weight"), hidden(n_out))
+        return Matrix(name, n_out, n_in, partial(self.checkpoint.tensor, name))
 
     def _add_bias(self, module: str, products: Pieces) -> Pieces:
         """Each piece plus its share of the bias, which is stored cut the same way."""

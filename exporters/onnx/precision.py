@@ -1,0 +1,79 @@
+"""What weights are stored in: one row per precision of the command line, and the choices that quantized ones leave."""
+
+from dataclasses import asdict, dataclass, replace
+
+import onnx_ir as ir
+import torch
+
+from exporters.onnx.blocks import Blocks
+from exporters.onnx.graph import GraphBuilder, Precision
+from exporters.onnx.products import BlockProducts, Products, WholeProducts
+from sola_edge.errors import UserError
+
+PRECISIONS = {
+    row.name: row
+    for row in (
+        Precision("fp32", ir.DataType.FLOAT, torch.float32),
+        Precision("int8", ir.DataType.FLOAT, torch.float32, bits=8),
+        Precision("int4", ir.DataType.FLOAT, torch.float32, bits=4),
+    )
+}
+
+
+# What is measured to be worth it (docs/log.md): int8 is for those who want the model as it is, int4 for those who want it fast.
+DEFAULTS = {
+    8: Blocks(8, size=16, symmetric=False, int8_activations=False),
+    4: Blocks(4, size=32, symmetric=True, int8_activations=True),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Of int8 and int4, see blocks.Blocks; None: what is the default there.
+
+    head: the precision of the head and a tied embedding, None for that of the rest.
+    """
+
+    size: int | None = None
+    symmetric: bool | None = None
+    int8_activations: bool | None = None
+    head: str | None = None
+
+    def blocks(self, bits: int) -> Blocks | None:
+        """Of weights of that many bits, None for 0. Raises UserError for a size that the runtime does not know."""
+        if not bits:
+            return None
+        given = {k: v for k, v in asdict(self).items() if v is not None and k != "head"}
+        return replace(DEFAULTS[bits], **given)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How matrices and the head are stored; None is in the graph's own type."""
+
+    precision: Precision
+    matrices: Blocks | None
+    head: Blocks | None
+
+    def products(self, graph: GraphBuilder) -> Products:
+        """What makes the products of a graph's matrices."""
+        return BlockProducts(graph, self.matrices) if self.matrices else WholeProducts(graph)
+
+
+def weights(name: str, asked: Quantization | None) -> Weights:
+    """Raises UserError for an unknown precision, and for choices about blocks where there are none."""
+    row = precision(name)
+    if not row.bits and asked not in (None, Quantization()):
+        raise UserError(f"precision {name} has no blocks to choose; leave their options out, or give int8 or int4")
+    choices = asked or Quantization()
+    head = precision(choices.head) if choices.head else row
+    if not head.bits and head.onnx != row.onnx:
+        raise UserError(f"a head in {head.name} does not go with {name}; give {', '.join(PRECISIONS)}")
+    return Weights(row, choices.blocks(row.bits), choices.blocks(head.bits))
+
+
+def precision(name: str) -> Precision:
+    """The row of a name. Raises UserError for an unknown one."""
+    if name not in PRECISIONS:
+        raise UserError(f"precision {name!r} is not available for ONNX; choose from: {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]

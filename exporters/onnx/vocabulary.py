@@ -1,0 +1,91 @@
+"""Both ends of the model: rows of the embedding for token ids, and logits from the last hidden states.
+
+A tied embedding is stored once, whole or in blocks: its rows are looked up where the head's matrix lies.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import onnx_ir as ir
+
+from exporters.onnx.blocks import SIZES, Blocks
+from exporters.onnx.graph import MICROSOFT, GraphBuilder, hidden
+from exporters.onnx.products import BlockProducts, Matrix
+from sola_edge.checkpoint import Checkpoint
+
+
+class Vocabulary:
+    """blocks: how the head, and with it a tied embedding, is quantized; None leaves both in the graph's own type."""
+
+    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, blocks: Blocks | None = None) -> None:
+        self.graph = graph
+        self.checkpoint = checkpoint
+        self.names = checkpoint.architecture
+        self.hidden = checkpoint.config.hidden_size
+        blocks = lookup_blocks(blocks, self.hidden) if checkpoint.tied and blocks else blocks
+        self.products = BlockProducts(graph, blocks) if blocks else None
+
+    def embedding(self, ids: ir.Value) -> ir.Value:
+        """(batch, sequence, hidden)."""
+        module = self.names.embedding
+        if self.checkpoint.tied and self.products:
+            return self._looked_up(ids, module)
+        return self.graph.op("Gather", [self._whole(module), ids], module, hidden(self.hidden), axis=0)
+
+    def head(self, x: ir.Value) -> ir.Value:
+        """Logits. A whole matrix keeps its stored orientation (vocabulary, hidden), so a tied one is the embedding itself."""
+        stored = self.names.embedding if self.checkpoint.tied else self.names.head
+        if self.products:
+            return self.products(self.names.head, x, self._matrix(stored))
+        shape = hidden(self.checkpoint.config.vocab_size)
+        inputs = [x, self._whole(stored)]
+        return self.graph.op("FusedMatMul", inputs, self.names.head, shape, domain=MICROSOFT, transB=1)
+
+    def _whole(self, module: str) -> ir.Value:
+        name = f"{module}.weight"
+        return self.graph.weight(name, self.checkpoint.shape(name), partial(self.checkpoint.tensor, name))
+
+    def _matrix(self, module: str) -> Matrix:
+        name = f"{module}.weight"
+        n_out, n_in = self.checkpoint.shape(name)
+        return Matrix(name, n_out, n_in, partial(self.checkpoint.tensor, name))
+
+    def _looked_up(self, ids: ir.Value, module: str) -> ir.Value:
+        """Rows of the head's blocks (vocabulary, blocks, bytes), made whole where they are looked up.
+
+        ids ── GatherBlockQuantized ── (batch, sequence, blocks, size) ── Reshape ── (batch, sequence, hidden)
+        """
+        assert self.products is not None
+        blocks = self.products.blocks
+        stored = self.products.stored(self._matrix(module))
+        vocabulary, count = blocks.shapes(self.checkpoint.config.vocab_size, self.hidden)["scales"]
+        inputs = [stored["values"], ids]
+        for part in ("scales", "zeros"):
+            if part in stored:
+                value = stored[part]
+                shape, dtype = (vocabulary, count, 1), value.dtype
+                axes = self.graph.constant([2])
+                inputs.append(self.graph.op("Unsqueeze", [value, axes], f"{module}.{part}", shape, dtype=dtype))
+        rows = self.graph.op(
+            "GatherBlockQuantized",
+            inputs,
+            module,
+            ("batch_size", "sequence_length", count, blocks.size),
+            domain=MICROSOFT,
+            bits=blocks.bits,
+            block_size=blocks.size,
+            gather_axis=0,
+            quantize_axis=2,
+        )
+        together = self.graph.constant([0, 0, self.hidden])
+        return self.graph.op("Reshape", [rows, together], module, hidden(self.hidden))
+
+
+def lookup_blocks(blocks: Blocks, channels: int) -> Blocks | None:
+    """The blocks in which a row of that many channels can be looked up too: none is cut short, 4-bit ones have no zero points
+    (the lookup and the product pack those differently). None where no size fits.
+    """
+    size = next((size for size in reversed(SIZES) if size <= blocks.size and channels % size == 0), None)
+    if size is None:
+        return None
+    return replace(blocks, size=size) if blocks.bits == 8 else replace(blocks, size=size, symmetric=True)

@@ -1,0 +1,213 @@
+"""Quantized ONNX exports: blocks by hand and by hypothesis, and graphs against the weights that their blocks stand for."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import MIXED, NARROW, Layouts, checkpoint_with
+
+import exporters.onnx
+from exporters.onnx import Quantization
+from exporters.onnx.blocks import Blocks, dequantized, quantized
+from exporters.onnx.precision import DEFAULTS
+from exporters.onnx.vocabulary import lookup_blocks
+from sola_edge.checkpoint import Checkpoint, open_checkpoint
+from sola_edge.errors import UserError
+from sola_edge.testing import tiny_checkpoint
+
+TOLERANCE = 1e-4  # of the logits' standard deviation
+TOKENS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_symmetric_block_by_hand() -> None:
+    """Steps of 1: the value furthest from zero, -8, is the lowest of the 16 levels."""
+    row = torch.tensor([[-8.0, 7.0, 0.0, 1.0, -1.0, 3.4, 3.6, *[0.0] * 9]])
+    found = quantized(row, Blocks(4, size=16))
+    assert found.zeros is None and np.abs(found.scales) == pytest.approx(1.0)
+    assert dequantized(found, Blocks(4, size=16), 16)[0, :7].tolist() == [-8, 7, 0, 1, -1, 3, 4]
+
+
+@given(
+    bits=st.sampled_from([4, 8]),
+    size=st.sampled_from([16, 32, 128]),
+    symmetric=st.booleans(),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 150),
+    seed=st.integers(0, 99),
+)
+def test_blocks_have_their_shapes_and_are_within_a_step(
+    bits: int, size: int, symmetric: bool, rows: int, columns: int, seed: int
+) -> None:
+    blocks = Blocks(bits, size, symmetric)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    found = quantized(weight, blocks)
+    parts = {"values": found.values, "scales": found.scales} | ({} if symmetric else {"zeros": found.zeros})
+    assert {name: part.shape for name, part in parts.items()} == blocks.shapes(rows, columns)
+    step = np.abs(found.scales).repeat(size, axis=1)[:, :columns]
+    # a symmetric block has one level less on one side; an asymmetric one rounds its zero point as well
+    assert (np.abs(dequantized(found, blocks, columns) - weight.numpy()) <= 1.01 * step + 1e-6).all()
+
+
+def test_blocks_that_can_be_looked_up() -> None:
+    """None cut short, and no zero points in 4 bits, which the lookup packs in another way than the product."""
+    assert lookup_blocks(Blocks(8, 128, symmetric=False), 576) == Blocks(8, 64, symmetric=False)
+    assert lookup_blocks(Blocks(4, 32, symmetric=False), 64) == Blocks(4, 32)
+    assert lookup_blocks(Blocks(4, 32), 40) is None
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def run(path: Path) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    inputs = {"input_ids": TOKENS.numpy(), "attention_mask": np.ones(TOKENS.shape, np.int64)}
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            inputs[value.name] = np.zeros((len(TOKENS), value.shape[1], 0, value.shape[3]), np.float32)
+    return session.run(["logits"], inputs)[0]
+
+
+def rounded_logits(
+    source: Path, folder: Path, matrices: Blocks, head: Blocks | None, monkeypatch: pytest.MonkeyPatch
+) -> np.ndarray:
+    """Of the fp32 export of the same model with every matrix replaced by what its blocks stand for."""
+    read = Checkpoint.tensor
+
+    def rounded(self: Checkpoint, name: str) -> torch.Tensor:
+        tensor = read(self, name)
+        if tensor.dim() != 2:
+            return tensor
+        ends = ("embed_tokens.weight", "lm_head.weight")
+        blocks = head if name.endswith(ends) else matrices
+        if name.endswith(ends[0]) and not self.tied:
+            blocks = None
+        if blocks is None:
+            return tensor
+        return torch.from_numpy(dequantized(quantized(tensor, blocks), blocks, tensor.shape[1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "tensor", rounded)
+        return run(exporters.onnx.export(source, folder).path)
+
+
+CASES: dict[str, tuple[Layouts | None, dict[str, Any]]] = {
+    "dense": (None, {}),
+    "untied": (None, {"tied": False, "bias": True}),
+    "every-layout": (MIXED, {}),
+    "narrow": (NARROW, {"tied": False}),
+}
+CHOICES = {
+    "int8": ("int8", Quantization()),
+    "int4": ("int4", Quantization(int8_activations=False)),
+    "int4-asymmetric-16": ("int4", Quantization(size=16, symmetric=False, int8_activations=False)),
+    "int4-head-int8": ("int4", Quantization(head="int8", int8_activations=False)),
+    "int8-head-fp32": ("int8", Quantization(size=32, head="fp32")),
+    "int4-blocks-of-128": ("int4", Quantization(size=128, int8_activations=False)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_quantized_graph_computes_what_its_blocks_stand_for(
+    case: str, choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts, values = CASES[case]
+    folder = tmp_path / "checkpoint"
+    source = checkpoint_with(folder, layouts, **values) if layouts else tiny_checkpoint(folder, layers=2, **values)
+    precision, quantization = CHOICES[choice]
+    made = exporters.onnx.precision.weights(precision, quantization)
+    assert made.matrices is not None
+    tied = open_checkpoint(source).tied
+    head = lookup_blocks(made.head, 64) if tied and made.head else made.head
+    expected = rounded_logits(source, tmp_path / "rounded", made.matrices, head, monkeypatch)
+    result = exporters.onnx.export(source, tmp_path / "onnx", precision=precision, quantization=quantization)
+    found = run(result.path)
+    assert np.abs(found - expected).max() <= TOLERANCE * expected.std()
+    onnx.checker.check_model(str(result.path), full_check=True)
+
+
+def test_the_data_file_holds_the_blocks_once(tmp_path: Path) -> None:
+    """A tied embedding is the head's own blocks; norms and tables are fp32."""
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=2)
+    result = exporters.onnx.export(source, tmp_path / "onnx", precision="int4")
+    checkpoint, blocks = open_checkpoint(source), DEFAULTS[4]
+    expected = 0
+    for name in checkpoint.names():
+        shape = checkpoint.shape(name)
+        if len(shape) == 1:
+            expected += 4 * shape[0]
+        else:
+            parts = blocks.shapes(*shape)
+            expected += int(np.prod(parts["values"])) + 4 * int(np.prod(parts["scales"]))
+    graph = onnx.load(result.path, load_external_data=False).graph
+    tables = sum(int(np.prod(row.dims)) for row in graph.initializer if row.name in ("cos_cache", "sin_cache"))
+    assert result.path.with_name("model.onnx.data").stat().st_size == expected + 4 * tables
+
+
+@pytest.mark.parametrize(("choice", "level"), [(None, 4), (True, 4), (False, 1)])
+def test_activations_are_rounded_as_asked(choice: bool | None, level: int, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
+    asked = Quantization(int8_activations=choice)
+    result = exporters.onnx.export(source, tmp_path / "onnx", precision="int4", quantization=asked)
+    nodes = [n for n in onnx.load(result.path, load_external_data=False).graph.node if n.op_type == "MatMulNBits"]
+    levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
+    assert len(nodes) == 8 and levels == {level}
+
+
+def test_genai_generates_with_blocks(tmp_path: Path) -> None:
+    """Its first greedy token is that of onnxruntime's logits."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    source = checkpoint_with(tmp_path / "checkpoint", MIXED)
+    result = exporters.onnx.export(source, tmp_path / "onnx", precision="int8")
+    model = genai.Model(str(result.path.parent))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=32, min_length=32, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(TOKENS[:1].numpy().astype(np.int32))
+    expected = run(result.path)[0, -1].argmax()
+    generator.generate_next_token()
+    assert generator.get_sequence(0)[TOKENS.shape[1]] == expected
+
+
+def test_one_matrix_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True, layers=3, tied=False)
+    read, alive, most = Checkpoint.tensor, list[weakref.ref[torch.Tensor]](), 0
+
+    def counted(self: Checkpoint, name: str) -> torch.Tensor:
+        nonlocal most
+        most = max(most, sum(reference() is not None for reference in alive))
+        tensor = read(self, name)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    exporters.onnx.export(source, tmp_path / "onnx", precision="int8")
+    assert len(alive) == len(open_checkpoint(source).names())  # none is read or quantized twice
+    assert most <= 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "choices", "words"),
+    [
+        ("int4", {"size": 20}, "block 20"),
+        ("int4", {"head": "int3"}, "int3"),
+        ("fp32", {"size": 32}, "no blocks"),
+    ],
+)
+def test_impossible_choices_are_refused(precision: str, choices: dict[str, Any], words: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
+    with pytest.raises(UserError, match=words):
+        exporters.onnx.export(source, tmp_path / "onnx", precision=precision, quantization=Quantization(**choices))
+    assert not (tmp_path / "onnx").exists()
