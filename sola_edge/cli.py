@@ -148,7 +148,10 @@ def _predicted(plan: Any) -> str:
 def export_onnx(
     checkpoint: Annotated[str, typer.Argument(help="A folder (compressed or dense), a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    graph: Annotated[str, typer.Option(help="genai: what onnxruntime-genai and ONNX Runtime run.")] = "genai",
+    graph: Annotated[
+        str,
+        typer.Option(help="genai: ONNX Runtime's own operators. portable: the ONNX standard's alone, opset 23."),
+    ] = "genai",
     precision: Annotated[str, typer.Option(help="Type of the weights.")] = "fp32",
     as_json: Json = False,
 ) -> None:

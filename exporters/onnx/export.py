@@ -15,10 +15,13 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx.decoder import Decoder
+from exporters.onnx.dialect import Dialect
+from exporters.onnx.genai import GenAI
 from exporters.onnx.genai_config import write_companions
 from exporters.onnx.graph import GraphBuilder, Precision
+from exporters.onnx.portable import Portable
 from exporters.result import ExportResult
-from exporters.support import check_supported
+from exporters.support import check_graph, check_supported
 from sola_edge import __version__
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
@@ -28,7 +31,7 @@ from sola_edge.progress import track
 MODEL, DATA = "model.onnx", "model.onnx.data"
 MARKER = "sola-edge.json"  # provenance; tells an earlier export of ours from anybody's model
 PRECISIONS = {row.name: row for row in (Precision("fp32", ir.DataType.FLOAT, torch.float32),)}
-GRAPHS: dict[str, Callable[[Checkpoint, GraphBuilder], Any]] = {"genai": lambda c, g: Decoder(c, g).build()}
+GRAPHS: dict[str, type[Dialect]] = {"genai": GenAI, "portable": Portable}
 
 
 def export(
@@ -39,21 +42,22 @@ def export(
     The result's `path` is model.onnx. Raises UserError for an unknown graph or precision, a checkpoint that cannot be
     read or expressed, and an `out_dir` that holds anything but an earlier export.
     """
-    build, row = _choose("graph", graph, GRAPHS), _choose("precision", precision, PRECISIONS)
+    dialect, row = _choose("graph", graph, GRAPHS), _choose("precision", precision, PRECISIONS)
     folder = Path(out_dir)
     check_folder_target(folder, MARKER)
     checkpoint = open_checkpoint(checkpoint_path)
     check_supported(checkpoint, "ONNX")
+    check_graph(checkpoint, graph)
     provenance = _provenance(checkpoint)
-    builder = GraphBuilder(row)
-    build(checkpoint, builder)
+    builder = GraphBuilder(row, dialect.opsets)
+    Decoder(checkpoint, builder, dialect).build()
     metadata = {
         key: content if isinstance(content, str) else json.dumps(content) for key, content in provenance.items()
     }
     model = builder.model(checkpoint.config.model_type, "sola-edge", __version__, metadata)
     with replace_folder(folder) as partial:
         (partial / MARKER).write_text(json.dumps(provenance, indent=2) + "\n")
-        write_companions(checkpoint, partial, MODEL, provenance)
+        write_companions(checkpoint, partial, MODEL, provenance, shared_cache=dialect.shared_cache)
         _save(model, partial)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
     return ExportResult(folder / MODEL, files, size_of(folder))
