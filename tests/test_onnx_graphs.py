@@ -122,6 +122,15 @@ def test_a_prompt_in_chunks_equals_the_full_pass(exported: tuple[Any, ExportResu
     assert_close(np.concatenate([runner(step) for step in steps], axis=1), logits(model, tokens))
 
 
+@pytest.mark.parametrize("exported", [case for case in CASES if case[1] == "portable"], indirect=True)
+def test_a_batch_of_prompts_in_chunks_equals_the_full_pass(exported: tuple[Any, ExportResult]) -> None:
+    """GroupQueryAttention takes several tokens beside a cache at batch size 1 only, the standard's operator at any."""
+    model, result = exported
+    runner = Runner(result.path, 2)
+    steps = TOKENS.split((5, 20, 1, 14), dim=1)
+    assert_close(np.concatenate([runner(step) for step in steps], axis=1), logits(model, TOKENS))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_equals_the_row_without_padding(exported: tuple[Any, ExportResult], side: str) -> None:
     """The prompt, then tokens decoded beside a cache that has the padding; all rows of all steps."""

@@ -128,8 +128,9 @@ class Portable(Dialect):
                                            │
                                    present key, value
 
-        The operator's own causal mask is not used: where it starts beside a cache has changed between releases. So has the
-        order of cap and mask; ONNX Runtime below 1.27 masked first on the CPU, which leaves a masked key e^-cap of a weight.
+        The operator's own causal mask is not used: where it starts has differed between releases and devices. So has the order
+        of cap and mask: before May 2026 (microsoft/onnxruntime#28379) the CPU masked first, which leaves a masked key the
+        score -cap. Only models with a cap notice.
         """
         shared, heads = self._shared[kind], self.heads
         q, k = (
