@@ -57,7 +57,8 @@ class Decoder:
         ids = self.graph.input("input_ids", INT64, ("batch_size", "sequence_length"))
         mask = self.graph.input("attention_mask", INT64, ("batch_size", "total_sequence_length"))
         pasts = [(self._past(i, "key"), self._past(i, "value")) for i in range(self.checkpoint.layers)]
-        stream = self._embedding(self.dialect.begin(ids, mask, {kind: self._kind(kind) for kind in self.kinds}))
+        kinds = {kind: self._kind(kind) for kind in dict.fromkeys(self.kinds)}
+        stream = self._embedding(self.dialect.begin(ids, mask, kinds))
         added: ir.Value | None = None
         presents = []
         for i, past in enumerate(pasts):
