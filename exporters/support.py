@@ -1,25 +1,62 @@
-"""Which architectures each exporter has been proved on: those whose exported logits a test compares with PyTorch's."""
+"""Which models each exporter has been proved on: those whose exported logits a test compares with PyTorch's."""
 
+from dataclasses import dataclass
+
+from sola_edge.architecture import ARCHITECTURES, FULL, SLIDING, head_dim
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
 
-PROVED = {"ONNX": ("llama", "mistral", "qwen2"), "GGUF": ("llama", "mistral", "qwen2")}
+
+@dataclass(frozen=True)
+class Proved:
+    """Model types, and the kinds of attention that their layers may mix."""
+
+    architectures: tuple[str, ...]
+    kinds: frozenset[str]
+
+
+PROVED = {
+    "ONNX": Proved(tuple(ARCHITECTURES), frozenset({FULL, SLIDING})),
+    "GGUF": Proved(("llama", "mistral", "qwen2"), frozenset({FULL})),
+}
+# Channels of a head must be a multiple of this: of 16 for GroupQueryAttention to rotate them, of 2 for any rotation.
+HEAD_MULTIPLES = {"genai": 16, "portable": 2}
 
 
 def check_supported(checkpoint: Checkpoint, exporter: str) -> None:
     """Raises UserError when the exporter (a key of `PROVED`) would write something that does not compute the model."""
-    config = checkpoint.config
-    name, kinds = config.model_type, set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention"}:
-        problem = f"does not know the mixture of attention kinds of this {name!r} model"
-        others = []
-    elif name not in PROVED[exporter]:
-        problem = f"does not know the architecture {name!r} (it knows {', '.join(PROVED[exporter])})"
-        others = [other for other, names in PROVED.items() if name in names]
-    else:
+    name = checkpoint.config.model_type
+    problem = _problem(checkpoint, exporter)
+    if problem is None:
         return
+    others = [other for other in PROVED if other != exporter and _problem(checkpoint, other) is None]
     instead = "".join(f"export it to {other}, or " for other in others)
     raise UserError(
-        f"{checkpoint.path}: the {exporter} export {problem}; {instead}run the checkpoint with transformers "
-        f"(`import sola_edge`, then AutoModelForCausalLM)"
+        f"{checkpoint.path}: the {exporter} export {problem.format(repr(name))}; {instead}run the checkpoint with "
+        f"transformers (`import sola_edge`, then AutoModelForCausalLM)"
+    )
+
+
+def _problem(checkpoint: Checkpoint, exporter: str) -> str | None:
+    """What the exporter does not know of this model, {} for its type; None if nothing."""
+    row, config = PROVED[exporter], checkpoint.config
+    if getattr(config, "use_bidirectional_attention", False):
+        return "does not know the attention of this {} model, which looks ahead"
+    if set(getattr(config, "layer_types", None) or ()) - row.kinds:
+        return "does not know the mixture of attention kinds of this {} model"
+    if config.model_type not in row.architectures:
+        return f"does not know the architecture {{}} (it knows {', '.join(row.architectures)})"
+    return None
+
+
+def check_graph(checkpoint: Checkpoint, graph: str) -> None:
+    """Raises UserError when this ONNX graph's operators cannot compute the model, naming a graph that can."""
+    channels = head_dim(checkpoint.config)
+    if channels % HEAD_MULTIPLES[graph] == 0:
+        return
+    others = [name for name, multiple in HEAD_MULTIPLES.items() if channels % multiple == 0]
+    instead = "".join(f"; export it with --graph {name}" for name in others)
+    raise UserError(
+        f"{checkpoint.path}: attention heads of {channels} channels cannot be exported to the {graph} graph "
+        f"(its attention rotates multiples of {HEAD_MULTIPLES[graph]} only){instead}"
     )

@@ -6,13 +6,14 @@ in `config.json` belongs here, so adding one is a row.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sola_edge.errors import UserError
 
 ATTENTION = ("q", "k", "v", "o")
 FFN = ("gate", "up", "down")
 COMPONENTS = ATTENTION + FFN
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of attention, as transformers calls them
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Architecture:
     residual stream. biases: components that always have a bias; bias_flags: by a config value, those that have one where it
     is true. fused: matrices that transformers stores and runs as one, rows of the named components one below the other;
     such a component is called `<fused matrix>.<component>`, here and in compressed checkpoints.
+
+    sliding: the layers that see no more than the config's `sliding_window`: none, all, or those that `layer_types` names.
+    unit_norms: a norm multiplies by 1 + its stored weight. scaled_embedding: the embedding is multiplied by the square root
+    of its width. caps_attention: attention scores are bent below `attn_logit_softcapping`.
     """
 
     model_type: str
@@ -43,6 +48,10 @@ class Architecture:
     extra_norms: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     post_norms: bool = False
+    unit_norms: bool = False
+    scaled_embedding: bool = False
+    caps_attention: bool = False
+    sliding: Literal["", "all", "layer_types"] = ""
     biases: tuple[str, ...] = ()
     bias_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
@@ -89,14 +98,17 @@ _GEMMA: dict[str, Any] = {
     "ffn_norm": "pre_feedforward_layernorm",
     "extra_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
     "post_norms": True,
+    "unit_norms": True,
+    "scaled_embedding": True,
+    "sliding": "layer_types",
     "bias_flags": _ATTENTION_BIAS,
 }
 _ROWS = (
     Architecture("llama", bias_flags=_ATTENTION_BIAS | {"mlp_bias": FFN}),
-    Architecture("mistral"),
-    Architecture("qwen2", biases=("q", "k", "v")),
-    Architecture("qwen3", head_norms=_HEAD_NORMS, bias_flags=_ATTENTION_BIAS),
-    Architecture("gemma2", **_GEMMA),
+    Architecture("mistral", sliding="all"),
+    Architecture("qwen2", biases=("q", "k", "v"), sliding="layer_types"),
+    Architecture("qwen3", head_norms=_HEAD_NORMS, bias_flags=_ATTENTION_BIAS, sliding="layer_types"),
+    Architecture("gemma2", caps_attention=True, **_GEMMA),
     Architecture("gemma3_text", head_norms=_HEAD_NORMS, **_GEMMA),
     Architecture(
         "phi3",
@@ -105,6 +117,7 @@ _ROWS = (
         v="self_attn.qkv_proj.v",
         gate="mlp.gate_up_proj.gate",
         up="mlp.gate_up_proj.up",
+        sliding="all",
         fused={"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")},
     ),
 )
@@ -159,6 +172,30 @@ def rope_type(config: Any) -> str:
 def head_dim(config: Any) -> int:
     """Width of one attention head, in channels."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def attention_kinds(config: Any) -> tuple[str, ...]:
+    """The kind of attention of each layer, as transformers runs it; a `layer_types` that the model class ignores is no kind."""
+    sliding = architecture_of(config).sliding
+    if sliding == "layer_types" and getattr(config, "layer_types", None):
+        return tuple(config.layer_types)
+    windowed = sliding == "all" and config.sliding_window is not None
+    return (SLIDING if windowed else FULL,) * config.num_hidden_layers
+
+
+def attention_scale(config: Any) -> float:
+    """What attention scores are multiplied by."""
+    return float(getattr(config, "query_pre_attn_scalar", None) or head_dim(config)) ** -0.5
+
+
+def attention_cap(config: Any) -> float | None:
+    """The bound below which attention scores are bent, None for none. transformers' Gemma 3 has the value and ignores it."""
+    return config.attn_logit_softcapping if architecture_of(config).caps_attention else None
+
+
+def activation(config: Any) -> str:
+    """Name of the FFN's activation function; Gemma's config has another key for it."""
+    return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
 def attention_implementation(config: Any) -> str | None:

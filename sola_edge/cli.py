@@ -148,7 +148,10 @@ def _predicted(plan: Any) -> str:
 def export_onnx(
     checkpoint: Annotated[str, typer.Argument(help="A folder (compressed or dense), a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    graph: Annotated[str, typer.Option(help="genai: what onnxruntime-genai and ONNX Runtime run.")] = "genai",
+    graph: Annotated[
+        str,
+        typer.Option(help="genai: ONNX Runtime's own operators. portable: the ONNX standard's alone, opset 23."),
+    ] = "genai",
     precision: Annotated[str, typer.Option(help="fp32; int8: blocks of 16, near fp32; int4: blocks of 32.")] = "fp32",
     block: Annotated[
         int | None, typer.Option(help="Input channels that share a scale: 16, 32, 64, 128 or 256.")

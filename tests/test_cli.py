@@ -96,7 +96,7 @@ def test_a_runtime_that_fails_is_a_failed_check_or_one_clear_line(run, folder: P
     [
         (["export", "onnx", "small", "dense"], "no earlier output"),
         (["export", "onnx", "small", "x", "--precision", "fp7"], "'fp7' is not available"),
-        (["export", "onnx", "small", "x", "--graph", "portable"], "'portable' is not available"),
+        (["export", "onnx", "small", "x", "--graph", "stitched"], "'stitched' is not available"),
         (["export", "gguf", "small", "x.gguf", "--type", "q9"], "q9"),
         (["export", "gguf", "nowhere.gguf", "x.gguf"], "does not exist"),
         (["check", "parity", "small", "nowhere", *WINDOWS], "no such file"),

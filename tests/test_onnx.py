@@ -86,10 +86,12 @@ class Runner:
         self.past = {v.name: np.zeros((batch, v.shape[1], 0, v.shape[3]), np.float32) for v in names}
         self.seen = 0
 
-    def __call__(self, tokens: torch.Tensor) -> np.ndarray:
+    def __call__(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> np.ndarray:
+        """Logits of the next tokens (batch, n); mask (batch, all tokens so far) where some of them are padding."""
         self.seen += tokens.shape[1]
-        mask = np.ones((tokens.shape[0], self.seen), np.int64)
-        logits, *presents = self.session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask, **self.past})
+        seen = torch.ones(tokens.shape[0], self.seen, dtype=torch.int64) if mask is None else mask
+        feed = {"input_ids": tokens.numpy(), "attention_mask": seen.numpy(), **self.past}
+        logits, *presents = self.session.run(None, feed)
         self.past = dict(zip(self.past, presents, strict=True))
         return logits
 
@@ -274,7 +276,7 @@ def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "config", "words"),
     [
-        ({"graph": "portable"}, {}, "genai"),
+        ({"graph": "stitched"}, {}, "genai, portable"),
         ({"precision": "int3"}, {}, "fp32"),
         ({}, {"heads": 8, "kv_heads": 8}, "heads of 8 channels"),
         ({}, {"hidden_act": "mish"}, "mish"),

@@ -14,11 +14,14 @@ from typing import Any
 import onnx_ir as ir
 
 from exporters.onnx.decoder import Decoder
+from exporters.onnx.dialect import Dialect
+from exporters.onnx.genai import GenAI
 from exporters.onnx.genai_config import write_companions
 from exporters.onnx.graph import GraphBuilder
-from exporters.onnx.precision import Quantization, Weights, weights
+from exporters.onnx.portable import Portable
+from exporters.onnx.precision import Quantization, weights
 from exporters.result import ExportResult
-from exporters.support import check_supported
+from exporters.support import check_graph, check_supported
 from sola_edge import __version__
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
@@ -27,9 +30,7 @@ from sola_edge.progress import track
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 MARKER = "sola-edge.json"  # provenance; tells an earlier export of ours from anybody's model
-GRAPHS: dict[str, Callable[[Checkpoint, GraphBuilder, Weights], Any]] = {
-    "genai": lambda c, g, w: Decoder(c, g, w).build()
-}
+GRAPHS: dict[str, type[Dialect]] = {"genai": GenAI, "portable": Portable}
 
 
 def export(
@@ -44,21 +45,24 @@ def export(
     The result's `path` is model.onnx. Raises UserError for an unknown graph or precision, choices that do not go with it,
     a checkpoint that cannot be read or expressed, and an `out_dir` that holds anything but an earlier export.
     """
-    build, stored = _choose("graph", graph, GRAPHS), weights(precision, quantization)
+    dialect, stored = _choose("graph", graph, GRAPHS), weights(precision, quantization)
+    if stored.quantized and not dialect.blocks:
+        raise UserError(f"the {graph} graph has no operator for weights in blocks; give --graph genai for {precision}")
     folder = Path(out_dir)
     check_folder_target(folder, MARKER)
     checkpoint = open_checkpoint(checkpoint_path)
     check_supported(checkpoint, "ONNX")
+    check_graph(checkpoint, graph)
     provenance = _provenance(checkpoint) | {"precision": precision}
-    builder = GraphBuilder(stored.precision)
-    build(checkpoint, builder, stored)
+    builder = GraphBuilder(stored.precision, dialect.opsets)
+    Decoder(checkpoint, builder, dialect, stored).build()
     metadata = {
         key: content if isinstance(content, str) else json.dumps(content) for key, content in provenance.items()
     }
     model = builder.model(checkpoint.config.model_type, "sola-edge", __version__, metadata)
     with replace_folder(folder) as partial:
         (partial / MARKER).write_text(json.dumps(provenance, indent=2) + "\n")
-        write_companions(checkpoint, partial, MODEL, provenance)
+        write_companions(checkpoint, partial, MODEL, provenance, shared_cache=dialect.shared_cache)
         _save(model, partial)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
     return ExportResult(folder / MODEL, files, size_of(folder))

@@ -27,10 +27,15 @@ SEARCH_DEFAULTS: dict[str, Any] = {
 }
 
 
-def write_companions(checkpoint: Checkpoint, folder: Path, model_file: str, provenance: dict[str, str]) -> None:
-    """Write genai_config.json, config.json, generation_config.json (if there is one) and the tokenizer into `folder`."""
+def write_companions(
+    checkpoint: Checkpoint, folder: Path, model_file: str, provenance: dict[str, str], *, shared_cache: bool
+) -> None:
+    """Write genai_config.json, config.json, generation_config.json (if there is one) and the tokenizer into `folder`.
+
+    shared_cache: whether the graph's past and present may be one buffer.
+    """
     tokenizer = checkpoint.tokenizer()
-    _write_json(folder / CONFIG, genai_config(checkpoint, tokenizer, model_file))
+    _write_json(folder / CONFIG, genai_config(checkpoint, tokenizer, model_file, shared_cache))
     _write_json(folder / "config.json", _plain_config(checkpoint, provenance))
     if checkpoint.generation:
         shutil.copy(checkpoint.path / GENERATION, folder)
@@ -39,7 +44,7 @@ def write_companions(checkpoint: Checkpoint, folder: Path, model_file: str, prov
     tokenizer.save_pretrained(folder)
 
 
-def genai_config(checkpoint: Checkpoint, tokenizer: Any, model_file: str) -> dict[str, Any]:
+def genai_config(checkpoint: Checkpoint, tokenizer: Any, model_file: str, shared_cache: bool) -> dict[str, Any]:
     """The content of genai_config.json."""
     config = checkpoint.config
     decoder = {
@@ -69,14 +74,19 @@ def genai_config(checkpoint: Checkpoint, tokenizer: Any, model_file: str) -> dic
         "type": config.model_type,
         "vocab_size": config.vocab_size,
     }
-    return {"model": model, "search": _search(config, checkpoint.generation)}
+    search = _search(config, checkpoint.generation)
+    return {"model": model, "search": {**search, "past_present_share_buffer": shared_cache}}
 
 
 def _search(config: Any, generation: dict[str, Any]) -> dict[str, Any]:
     asked = {key: generation[key] for key in SEARCH_DEFAULTS if generation.get(key) is not None}
     search = {**SEARCH_DEFAULTS, **asked}
-    search |= {"diversity_penalty": 0.0, "early_stopping": True, "max_length": config.max_position_embeddings}
-    return {**search, "past_present_share_buffer": True}
+    return {
+        **search,
+        "diversity_penalty": 0.0,
+        "early_stopping": True,
+        "max_length": config.max_position_embeddings,
+    }
 
 
 def _special_tokens(checkpoint: Checkpoint, tokenizer: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ initializer that of its tensor (`model.layers.3.mlp.gate_proj.A`). Every value i
 viewers and checkers need no shape inference for com.microsoft's operators.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,15 @@ import onnx_ir as ir
 import torch
 
 Dimension = int | str
-OPSET = 21
 MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Opsets:
+    """What a graph is written in: the version of each domain's operators, and the IR version that the standard's came with."""
+
+    versions: Mapping[str, int]
+    ir: int
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,9 @@ BYTES = Precision("uint8", ir.DataType.UINT8, torch.uint8)  # packed small integ
 class GraphBuilder:
     """Collects nodes and initializers in the order in which they are made, which is topological."""
 
-    def __init__(self, precision: Precision) -> None:
+    def __init__(self, precision: Precision, opsets: Opsets) -> None:
         self.precision = precision
+        self.opsets = opsets
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -133,17 +141,21 @@ class GraphBuilder:
         return values
 
     def model(self, name: str, producer: str, version: str, metadata: dict[str, str]) -> ir.Model:
-        """The finished model. IR version 10 is the one of opset 21."""
+        """The finished model."""
         graph = ir.Graph(
             self.inputs,
             self.outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            opset_imports=dict(self.opsets.versions),
             name=name,
         )
         return ir.Model(
-            graph, ir_version=10, producer_name=producer, producer_version=version, metadata_props=dict(metadata)
+            graph,
+            ir_version=self.opsets.ir,
+            producer_name=producer,
+            producer_version=version,
+            metadata_props=dict(metadata),
         )
 
 

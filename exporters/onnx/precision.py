@@ -55,6 +55,11 @@ class Weights:
     matrices: Blocks | None
     head: Blocks | None
 
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is stored in blocks."""
+        return bool(self.matrices or self.head)
+
     def products(self, graph: GraphBuilder) -> Products:
         """What makes the products of a graph's matrices."""
         return BlockProducts(graph, self.matrices) if self.matrices else WholeProducts(graph)

@@ -9,37 +9,61 @@ from functools import partial
 import onnx_ir as ir
 
 from exporters.onnx.blocks import SIZES, Blocks
+from exporters.onnx.dialect import Dialect
 from exporters.onnx.graph import MICROSOFT, GraphBuilder, hidden
-from exporters.onnx.products import BlockProducts, Matrix
+from exporters.onnx.products import BlockProducts, Matrix, WholeProducts
 from sola_edge.checkpoint import Checkpoint
 
 
 class Vocabulary:
     """blocks: how the head, and with it a tied embedding, is quantized; None leaves both in the graph's own type."""
 
-    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, blocks: Blocks | None = None) -> None:
+    def __init__(
+        self, graph: GraphBuilder, checkpoint: Checkpoint, dialect: Dialect, blocks: Blocks | None = None
+    ) -> None:
         self.graph = graph
         self.checkpoint = checkpoint
+        self.dialect = dialect
         self.names = checkpoint.architecture
         self.hidden = checkpoint.config.hidden_size
         blocks = lookup_blocks(blocks, self.hidden) if checkpoint.tied and blocks else blocks
         self.products = BlockProducts(graph, blocks) if blocks else None
 
     def embedding(self, ids: ir.Value) -> ir.Value:
-        """(batch, sequence, hidden)."""
-        module = self.names.embedding
+        """(batch, sequence, hidden), scaled where the architecture has it so."""
+        module, shape = self.names.embedding, hidden(self.hidden)
         if self.checkpoint.tied and self.products:
-            return self._looked_up(ids, module)
-        return self.graph.op("Gather", [self._whole(module), ids], module, hidden(self.hidden), axis=0)
+            embedded = self._looked_up(ids, module)
+        else:
+            embedded = self.graph.op("Gather", [self._whole(module), ids], module, shape, axis=0)
+        if not self.names.scaled_embedding:
+            return embedded
+        return self.graph.op("Mul", [embedded, self._number(self.hidden**0.5)], module, shape)
 
     def head(self, x: ir.Value) -> ir.Value:
-        """Logits. A whole matrix keeps its stored orientation (vocabulary, hidden), so a tied one is the embedding itself."""
-        stored = self.names.embedding if self.checkpoint.tied else self.names.head
+        """Logits, below the model's cap if it has one. A tied head is the embedding itself.
+
+        head ── (Div cap ── Tanh ── Mul cap) ── logits
+        """
+        module, shape = self.names.head, hidden(self.checkpoint.config.vocab_size)
+        logits = self._product(x, module)
+        cap = getattr(self.checkpoint.config, "final_logit_softcapping", None)
+        if not cap:
+            return logits
+        inner = self.graph.op("Div", [logits, self._number(cap)], f"{module}.cap", shape)
+        bent = self.graph.op("Tanh", [inner], f"{module}.cap", shape)
+        return self.graph.op("Mul", [bent, self._number(cap)], f"{module}.cap", shape)
+
+    def _product(self, x: ir.Value, module: str) -> ir.Value:
+        stored = self.names.embedding if self.checkpoint.tied else module
         if self.products:
-            return self.products(self.names.head, x, self._matrix(stored))
-        shape = hidden(self.checkpoint.config.vocab_size)
-        inputs = [x, self._whole(stored)]
-        return self.graph.op("FusedMatMul", inputs, self.names.head, shape, domain=MICROSOFT, transB=1)
+            return self.products(module, x, self._matrix(stored))
+        if self.checkpoint.tied:
+            return self.dialect.tied_head(x, self._whole(stored), module)
+        return WholeProducts(self.graph)(module, x, self._matrix(stored))
+
+    def _number(self, value: float) -> ir.Value:
+        return self.graph.constant(value, self.graph.precision.onnx)
 
     def _whole(self, module: str) -> ir.Value:
         name = f"{module}.weight"
