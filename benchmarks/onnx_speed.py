@@ -258,7 +258,7 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
     """One table, then the sizes, what could not be measured, and what makes the figures doubtful."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("graph", "test", "median\n\\[over rounds]", "the other's", "ratio\n\\[of one round]", "wanted"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in rows:
         if row.ratio is not None:
             table.add_row(*_cells(row), style="red" if row.reached is False else None)
@@ -293,7 +293,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def _shown(spread: Spread, unit: float, digits: int) -> str:
-    low, middle, high = (f"{v / unit:.{digits}f}" for v in (spread.minimum, spread.median, spread.maximum))
+    shown = [value / unit for value in (spread.minimum, spread.median, spread.maximum)]
+    low, middle, high = (f"{value:.{0 if shown[1] >= 1000 else digits}f}" for value in shown)
     return f"{middle}\n\\[{low}–{high}]"
 
 
