@@ -10,10 +10,10 @@ what is there is used as it is)  --out FILE.json; `hybrid` and `memory` also --k
 models --hidden, --ffn, --layers, --heads, --kv-heads, --vocab, --context.
 
 Speed is that of onnxruntime-genai: prefill of a prompt and single-token decoding, tokens per second. Every graph lives in a
-process of its own, the two of a comparison take turns (A B A B …) after a warm-up, and a ratio is that of one round: its
-median over rounds, and the least and the most. Memory is the peak of a fresh process per round that loads the graph in
-onnxruntime, reads a prompt and decodes some tokens. The size of a graph is that of model.onnx and its weights, without
-tokenizer and configuration. Nothing is asserted: a line says what was wanted.
+process of its own, the two of a comparison take turns (A B A B …) after a warm-up and a round that is dropped, and a ratio is
+that of one round: its median over rounds, and the least and the most. Memory is the peak of a fresh process per round that
+loads the graph in onnxruntime, reads a prompt and decodes some tokens. The size of a graph is that of model.onnx and its
+weights, without tokenizer and configuration. Nothing is asserted: a line says what was wanted.
 """
 
 import argparse
@@ -61,15 +61,16 @@ class Load:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over rounds."""
+    """A figure over rounds, `runs` in their order."""
 
     median: float
     minimum: float
     maximum: float
+    runs: tuple[float, ...]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(statistics.median(values), min(values), max(values))
+        return cls(statistics.median(values), min(values), max(values), tuple(values))
 
 
 @dataclass(frozen=True)
@@ -171,18 +172,19 @@ def speeds(
 ) -> list[Row]:
     """Prefill and decode of a candidate and its baseline, in turn.
 
-    Wanted is that share of the baseline's speed; with `per_byte`, of its speed times how much fewer bytes the candidate
-    has. Raises CheckError.
+    A first round is run and dropped: in it the graph that comes first was seen to read its prompt at half its speed. Wanted
+    is that share of the baseline's speed; with `per_byte`, of that times baseline's bytes / candidate's. Raises CheckError.
     """
     pair = [graph.subject(SPEED) for graph in (candidate, baseline)]
-    bench_group(pair, load.prompt, load.generate, load.rounds, load.threads)
+    bench_group(pair, load.prompt, load.generate, 1 + load.rounds, load.threads)
     results = [subject.result() for subject in pair]
     wanted = share * baseline.bytes / candidate.bytes if per_byte else share
     rows = []
     for phase in ("prefill", "decode"):
         ours, theirs = (_speed(result, phase) for result in results)
-        ratio = Spread.of([a / b for a, b in zip(ours.runs, theirs.runs, strict=True)])
-        figures = Spread.of(ours.runs), Spread.of(theirs.runs)
+        ours_runs, theirs_runs = ours.runs[1:], theirs.runs[1:]
+        ratio = Spread.of([a / b for a, b in zip(ours_runs, theirs_runs, strict=True)])
+        figures = Spread.of(ours_runs), Spread.of(theirs_runs)
         busy = max(result.throughput.others_busy for result in results if result.throughput)
         names = candidate.name, baseline.name
         rows.append(Row(*names, precision, ours.test, *figures, ratio, wanted, candidate.bytes, baseline.bytes, busy))

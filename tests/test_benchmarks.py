@@ -16,7 +16,7 @@ from sola_edge.config import RATE_TOLERANCE, rate_of
 from sola_edge.errors import UserError
 
 TINY = Shape(hidden=64, ffn=192, layers=3, heads=4, kv_heads=2, vocab=320, context=512)
-ONCE = Load(prompt=8, generate=3, rounds=2, threads=1)
+BRIEF = Load(prompt=8, generate=3, rounds=2, threads=1)
 UNKNOWN = "int3"
 
 
@@ -43,10 +43,11 @@ def test_an_unreachable_rate_is_refused() -> None:
 
 def test_our_graph_against_the_builders(models: Models) -> None:
     """The builder runs without a network; a precision that our exporter lacks is a row that says so."""
-    prefill, decode, missing = against_builder(models, "1b", ["fp32", UNKNOWN], ONCE)
+    prefill, decode, missing = against_builder(models, "1b", ["fp32", UNKNOWN], BRIEF)
     for row, test in ((prefill, "pp8"), (decode, "tg3")):
         assert row.test == test and row.wanted == 0.98 and row.reached is not None, row.reason
         assert row.ratio is not None and 0 < row.ratio.minimum <= row.ratio.median <= row.ratio.maximum
+        assert len(row.ratio.runs) == BRIEF.rounds
     assert missing.ratio is None and missing.reached is None and f"no {UNKNOWN} yet" in missing.reason
 
 
@@ -70,7 +71,7 @@ def test_a_builder_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
 def test_compressed_against_dense_as_the_command_does(models: Models, tmp_path: Path) -> None:
     """Speed of every kind and memory of one; the second run finds the first one's folders."""
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
-    load = [f"--{name}={value}" for name, value in vars(ONCE).items()]
+    load = [f"--{name}={value}" for name, value in vars(BRIEF).items()]
     common = [*sizes, *load, f"--work={models.folder}", "--precision=fp32"]
     console = Console(quiet=True)
     rows = run(parse(["hybrid", *common, f"--out={tmp_path / 'speed.json'}"]), console)
@@ -95,12 +96,12 @@ def test_a_kind_that_there_is_not_is_refused(tmp_path: Path) -> None:
 
 
 def test_failures_are_rows(models: Models) -> None:
-    (row,) = against_dense(models, ["narrow"], [UNKNOWN], ONCE)
+    (row,) = against_dense(models, ["narrow"], [UNKNOWN], BRIEF)
     assert row == Row("narrow", "dense", UNKNOWN, "", reason=row.reason) and UNKNOWN in row.reason
 
 
 def test_reached_looks_at_the_right_side() -> None:
     ratio = Spread.of([0.9, 1.1, 1.0])
-    assert ratio == Spread(1.0, 0.9, 1.1)
+    assert ratio == Spread(1.0, 0.9, 1.1, (0.9, 1.1, 1.0))
     for test, wanted, reached in (("tg8", 0.98, True), ("tg8", 1.2, False), ("peak", 0.98, False), ("peak", 1.2, True)):
         assert Row("a", "b", "fp32", test, ratio=ratio, wanted=wanted).reached is reached
