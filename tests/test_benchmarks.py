@@ -1,0 +1,107 @@
+"""The benchmarks' functions run end to end on tiny shapes; what they measure is not looked at."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from genai_builder import BuilderError, build
+from onnx_speed import Load, Models, Row, Spread, against_builder, against_dense, parse, run
+from random_models import KINDS, Shape, achieved_rate, layouts_of
+from rich.console import Console
+
+from runtime_checks import check_parity
+from sola_edge.checkpoint import open_checkpoint
+from sola_edge.config import RATE_TOLERANCE, rate_of
+from sola_edge.errors import UserError
+
+TINY = Shape(hidden=64, ffn=192, layers=3, heads=4, kv_heads=2, vocab=320, context=512)
+BRIEF = Load(prompt=8, generate=3, rounds=2, threads=1)
+UNKNOWN = "int3"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"), TINY)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_models_have_the_rate(models: Models, kind: str) -> None:
+    """Counted in the written files; and the full size is planned, not written."""
+    dense, found = (open_checkpoint(models.random(name)).parameters() for name in ("dense", kind))
+    assert dense == TINY.parameters()
+    assert rate_of(dense - found, dense) == achieved_rate(TINY, layouts_of(kind, TINY, 0.3))
+    for shape in (TINY, Shape()):
+        assert abs(achieved_rate(shape, layouts_of(kind, shape, 0.3)) - 0.3) <= RATE_TOLERANCE * 0.3
+
+
+def test_an_unreachable_rate_is_refused() -> None:
+    for kind in KINDS:
+        with pytest.raises(UserError, match="beyond what a model of this shape can lose"):
+            layouts_of(kind, TINY, 0.9)
+
+
+def test_our_graph_against_the_builders(models: Models) -> None:
+    """The builder runs without a network; a precision that our exporter lacks is a row that says so."""
+    prefill, decode, missing = against_builder(models, "1b", ["fp32", UNKNOWN], BRIEF)
+    for row, test in ((prefill, "pp8"), (decode, "tg3")):
+        assert row.test == test and row.wanted == 0.98 and row.reached is not None, row.reason
+        assert row.ratio is not None and 0 < row.ratio.minimum <= row.ratio.median <= row.ratio.maximum
+        assert len(row.ratio.runs) == BRIEF.rounds
+    assert missing.ratio is None and missing.reached is None and f"no {UNKNOWN} yet" in missing.reason
+
+
+def test_both_graphs_compute_the_same(models: Models) -> None:
+    """Otherwise their speeds would say nothing."""
+    dense = models.random("dense")
+    text = "The same text for both graphs. " * 20
+    report = check_parity(models.ours(dense, "fp32"), [models.builders(dense, "fp32")], text, context=32, windows=1)
+    parity = next(result.parity for result in report.results[1:] if result.runtime == "onnxruntime-genai")
+    assert parity is not None and parity.max_logit_difference is not None and parity.max_logit_difference < 1e-3
+
+
+def test_a_builder_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(BuilderError, match="builder failed for fp32: ") as failed:
+        build(tmp_path / "empty", tmp_path / "out", "fp32")
+    assert "\n" not in str(failed.value) and not (tmp_path / "out").exists()
+
+
+def test_compressed_against_dense_as_the_command_does(models: Models, tmp_path: Path) -> None:
+    """Speed of every kind and memory of one; the second run finds the first one's folders."""
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
+    load = [f"--{name}={value}" for name, value in vars(BRIEF).items()]
+    common = [*sizes, *load, f"--work={models.folder}", "--precision=fp32"]
+    console = Console(quiet=True)
+    rows = run(parse(["hybrid", *common, f"--out={tmp_path / 'speed.json'}"]), console)
+    assert [(r.candidate, r.test) for r in rows] == [(kind, test) for kind in KINDS for test in ("pp8", "tg3")]
+    for row in rows:
+        assert row.bytes and row.baseline_bytes and row.wanted, row.reason
+        share = 0.98 if row.candidate == "narrow" else 0.95
+        assert row.wanted == pytest.approx(share * row.baseline_bytes / row.bytes)
+    written = {path: path.stat().st_mtime_ns for path in models.folder.rglob("model.onnx")}
+    (peak,) = run(parse(["memory", *common, "--kinds=narrow", f"--out={tmp_path / 'memory.json'}"]), console)
+    assert peak.figures and peak.figures.minimum > 10e6 and peak.wanted and peak.wanted < 1
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    recorded = json.loads((tmp_path / "speed.json").read_text())
+    assert recorded["models"]["hybrid"]["rate"] == achieved_rate(TINY, layouts_of("hybrid", TINY, 0.3))
+    assert len(recorded["rows"]) == len(rows) and recorded["load"]["threads"] == 1
+
+
+def test_a_kind_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    asked: argparse.Namespace = parse(["hybrid", "--kinds=wide", f"--work={tmp_path}"])
+    with pytest.raises(UserError, match="no kind 'wide'"):
+        run(asked, Console(quiet=True))
+
+
+def test_failures_are_rows(models: Models) -> None:
+    (row,) = against_dense(models, ["narrow"], [UNKNOWN], BRIEF)
+    assert row == Row("narrow", "dense", UNKNOWN, "", reason=row.reason) and UNKNOWN in row.reason
+
+
+def test_reached_looks_at_the_right_side() -> None:
+    ratio = Spread.of([0.9, 1.1, 1.0])
+    assert ratio == Spread(1.0, 0.9, 1.1, (0.9, 1.1, 1.0))
+    for test, wanted, reached in (("tg8", 0.98, True), ("tg8", 1.2, False), ("peak", 0.98, False), ("peak", 1.2, True)):
+        assert Row("a", "b", "fp32", test, ratio=ratio, wanted=wanted).reached is reached
