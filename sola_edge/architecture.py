@@ -28,7 +28,8 @@ class Architecture:
 
     sliding: the layers that see no more than the config's `sliding_window`: none, all, or those that `layer_types` names.
     unit_norms: a norm multiplies by 1 + its stored weight. scaled_embedding: the embedding is multiplied by the square root
-    of its width. caps_attention: attention scores are bent below `attn_logit_softcapping`.
+    of its width. caps_attention: attention scores are bent below `attn_logit_softcapping`. wide_stream: the residual stream
+    outgrows fp16.
     """
 
     model_type: str
@@ -51,6 +52,7 @@ class Architecture:
     unit_norms: bool = False
     scaled_embedding: bool = False
     caps_attention: bool = False
+    wide_stream: bool = False
     sliding: Literal["", "all", "layer_types"] = ""
     biases: tuple[str, ...] = ()
     bias_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
@@ -100,6 +102,7 @@ _GEMMA: dict[str, Any] = {
     "post_norms": True,
     "unit_norms": True,
     "scaled_embedding": True,
+    "wide_stream": True,
     "sliding": "layer_types",
     "bias_flags": _ATTENTION_BIAS,
 }

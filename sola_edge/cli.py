@@ -152,7 +152,9 @@ def export_onnx(
         str,
         typer.Option(help="genai: ONNX Runtime's own operators. portable: the ONNX standard's alone, opset 23."),
     ] = "genai",
-    precision: Annotated[str, typer.Option(help="fp32; int8: blocks of 16, near fp32; int4: blocks of 32.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32; fp16 for GPUs; int8: near fp32; int4: small and fast.")
+    ] = "fp32",
     block: Annotated[
         int | None, typer.Option(help="Input channels that share a scale: 16, 32, 64, 128 or 256.")
     ] = None,

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import MIXED, NARROW, Layouts, checkpoint_with
+from test_onnx_graphs import MODELS, checkpoint_of, reference
 
 import exporters.onnx
 from exporters.onnx import Quantization
@@ -211,3 +212,77 @@ def test_impossible_choices_are_refused(precision: str, choices: dict[str, Any],
     with pytest.raises(UserError, match=words):
         exporters.onnx.export(source, tmp_path / "onnx", precision=precision, quantization=Quantization(**choices))
     assert not (tmp_path / "onnx").exists()
+
+
+# --- fp16 ------------------------------------------------------------------------------------------------------------
+
+
+def half_logits(path: Path) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    inputs = {"input_ids": TOKENS.numpy(), "attention_mask": np.ones(TOKENS.shape, np.int64)}
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            inputs[value.name] = np.zeros((len(TOKENS), value.shape[1], 0, value.shape[3]), np.float16)
+    return session.run(["logits"], inputs)[0].astype(np.float32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("graph", exporters.onnx.GRAPHS)
+def test_fp16_is_fp32_but_for_rounding(name: str, graph: str, tmp_path: Path) -> None:
+    source = checkpoint_of(tmp_path / "checkpoint", f"{name}, compressed")
+    result = exporters.onnx.export(source, tmp_path / "onnx", graph=graph, precision="fp16")
+    with torch.no_grad():
+        expected = reference(source)(TOKENS).logits.numpy()
+    error = half_logits(result.path) - expected
+    assert np.sqrt((error**2).mean()) <= 0.02 * expected.std()
+    onnx.checker.check_model(str(result.path), full_check=True)
+
+
+@pytest.mark.parametrize("graph", exporters.onnx.GRAPHS)
+def test_a_stream_beyond_fp16_stays_finite_where_the_architecture_has_such(
+    graph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", model_type="gemma2", layers=2)
+    read = Checkpoint.tensor
+
+    def enlarged(self: Checkpoint, name: str) -> torch.Tensor:
+        return read(self, name) * (2e4 if "embed" in name else 1)
+
+    monkeypatch.setattr(Checkpoint, "tensor", enlarged)
+    result = exporters.onnx.export(source, tmp_path / "onnx", graph=graph, precision="fp16")
+    data = onnx.load(result.path)
+    streams = [row for row in data.graph.initializer if row.name.endswith("input_layernorm.weight")]
+    assert {row.data_type for row in streams} == {onnx.TensorProto.FLOAT}
+    assert np.isfinite(hidden_states(result.path)).all()
+
+
+def hidden_states(path: Path) -> np.ndarray:
+    """The last norm's output, which is what an overflow of the stream would reach (a head this large overflows itself)."""
+    model = onnx.load(path)
+    last = next(node for node in reversed(model.graph.node) if "model.norm" in node.name)
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(last.output[0]))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    inputs = {"input_ids": TOKENS.numpy(), "attention_mask": np.ones(TOKENS.shape, np.int64)}
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            inputs[value.name] = np.zeros((len(TOKENS), value.shape[1], 0, value.shape[3]), np.float16)
+    return session.run([last.output[0]], inputs)[0].astype(np.float32)
+
+
+def test_a_weight_beyond_fp16_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
+    read = Checkpoint.tensor
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read(self, name) * 1e6)
+    with pytest.raises(UserError, match="not finite in fp16"):
+        exporters.onnx.export(source, tmp_path / "onnx", precision="fp16")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_blocks_need_the_genai_graph(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
+    with pytest.raises(UserError, match="--graph genai"):
+        exporters.onnx.export(source, tmp_path / "onnx", graph="portable", precision="int8")

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx.dialect import Dialect, Heads, Kind
-from exporters.onnx.graph import GraphBuilder, hidden, width
+from exporters.onnx.graph import FP32, GraphBuilder, Precision, hidden, width
 from exporters.onnx.linear import Linears, Pieces
 from exporters.onnx.precision import Weights
 from exporters.onnx.rope import rotary_tables
@@ -46,7 +46,8 @@ class Decoder:
             cap=attention_cap(self.config) or 0.0,
         )
         self.dialect = dialect(graph, self.heads)
-        self.vocabulary = Vocabulary(graph, checkpoint, self.dialect, weights.head)
+        self.stream = FP32 if self.names.wide_stream else graph.precision
+        self.vocabulary = Vocabulary(graph, checkpoint, self.dialect, self.stream, weights.head)
 
     def build(self) -> None:
         """Nodes of the whole model.
@@ -55,7 +56,8 @@ class Decoder:
 
             input_ids ─ embedding ─ norm ─ attention ─ add+norm ─ FFN ─ add+norm ─ … ─ add+norm ─ head ─ logits
 
-        An architecture may normalize what attention and FFN give once more before it is added.
+        An architecture may normalize what attention and FFN give once more before it is added. Where the stream outgrows
+        fp16, it and its norms are fp32 in a graph of fp16.
         """
         ids = self.graph.input("input_ids", INT64, ("batch_size", "sequence_length"))
         mask = self.graph.input("attention_mask", INT64, ("batch_size", "total_sequence_length"))
@@ -88,24 +90,28 @@ class Decoder:
     def _add_and_norm(self, module: str, stream: ir.Value, added: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """(normalized, stream) of stream + added by RMSNorm; the first norm has nothing to add."""
         if added is None:
-            return self._norm(module, stream), stream
-        weight, epsilon = self._norm_weight(module), float(self.config.rms_norm_eps)
-        last = module == self.names.final_norm
-        return self.dialect.skip_norm(stream, added, weight, epsilon, module, last=last)
+            return self.graph.cast(self._norm(module, stream), self.graph.precision, module), stream
+        weight, epsilon = self._norm_weight(module, self.stream), float(self.config.rms_norm_eps)
+        last, added = module == self.names.final_norm, self.graph.cast(added, self.stream, f"{module}/added")
+        x, stream = self.dialect.skip_norm(stream, added, weight, epsilon, module, last=last)
+        return self.graph.cast(x, self.graph.precision, module), stream
 
     def _post_norm(self, layer: int, place: int, x: ir.Value) -> ir.Value:
         """What attention (place 0) or FFN (1) gives, normalized where the architecture has it so."""
         if not self.names.post_norms:
             return x
-        return self._norm(f"{self.names.layer.format(layer)}.{self.names.extra_norms[place]}", x)
+        module = f"{self.names.layer.format(layer)}.{self.names.extra_norms[place]}"
+        return self._norm(module, self.graph.cast(x, self.stream, f"{module}/input"))
 
-    def _norm(self, module: str, x: ir.Value) -> ir.Value:
-        return self.dialect.norm(x, self._norm_weight(module), float(self.config.rms_norm_eps), module)
+    def _norm(self, module: str, x: ir.Value, precision: Precision | None = None) -> ir.Value:
+        """Of x in the stream's precision unless another is given."""
+        weight = self._norm_weight(module, precision or self.stream)
+        return self.dialect.norm(x, weight, float(self.config.rms_norm_eps), module)
 
-    def _norm_weight(self, module: str) -> ir.Value:
+    def _norm_weight(self, module: str, precision: Precision) -> ir.Value:
         """What the norm multiplies by: the stored weight, or 1 more."""
         name = f"{module}.weight"
-        return self.graph.weight(name, self.checkpoint.shape(name), lambda: self._multiplier(name))
+        return self.graph.weight(name, self.checkpoint.shape(name), lambda: self._multiplier(name), precision)
 
     def _multiplier(self, name: str) -> torch.Tensor:
         stored = self.checkpoint.tensor(name)
@@ -138,7 +144,9 @@ class Decoder:
         sizes = self.graph.constant((0, 0, heads, self.heads.width))
         rows = self.graph.op("Reshape", [x, sizes], f"{module}/heads", apart)
         sizes = self.graph.constant((0, 0, channels))
-        return self.graph.op("Reshape", [self._norm(module, rows), sizes], module, hidden(channels))
+        return self.graph.op(
+            "Reshape", [self._norm(module, rows, self.graph.precision), sizes], module, hidden(channels)
+        )
 
     def _ffn(self, layer: int, x: ir.Value) -> ir.Value:
         """down(act(gate x) · up x). With gate, up and down factored at one prime count p, two parallel branches:

@@ -71,7 +71,7 @@ class Dialect(ABC):
 
     @abstractmethod
     def norm(self, x: ir.Value, weight: ir.Value, epsilon: float, module: str) -> ir.Value:
-        """RMSNorm of x over its last dimension."""
+        """RMSNorm of x over its last dimension, in the type of x and weight, with sums of squares in fp32."""
 
     @abstractmethod
     def skip_norm(
@@ -112,9 +112,3 @@ class Dialect(ABC):
         start = self.graph.op("Neg", [length], module, (1,), dtype=INT64)
         inputs = [values, start, self.graph.constant([_END]), self.graph.constant([1])]
         return self.graph.op("Slice", inputs, module, NEW, dtype=INT64)
-
-
-def shape_of(value: ir.Value) -> tuple[Dimension, ...]:
-    """A value's dimensions, of which the unknown ones are names."""
-    assert value.shape is not None
-    return tuple(d if isinstance(d, int) else str(d) for d in value.shape)

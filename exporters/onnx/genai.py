@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from exporters.onnx.dialect import INT64, NEW, Dialect, Kind, shape_of
-from exporters.onnx.graph import MICROSOFT, Opsets, hidden, width
+from exporters.onnx.dialect import INT64, NEW, Dialect, Kind
+from exporters.onnx.graph import MICROSOFT, Opsets, hidden, shape_of, type_of, width
 
 FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 
@@ -92,7 +92,7 @@ class GenAI(Dialect):
             x ─ (Cast) ─┬─ Pow 2 ─ ReduceMean ─ Add ε ─ Sqrt ─┐
                         └───────────────────────────────────── Div ─ (Cast) ─ Mul weight
         """
-        op, dtype, shape = self.graph.op, self.graph.precision.onnx, shape_of(x)
+        op, dtype, shape = self.graph.op, type_of(x), shape_of(x)
         single = (*shape[:-1], 1)
         if dtype != FLOAT:
             x = op("Cast", [x], f"{module}/fp32", shape, dtype=FLOAT, to=FLOAT.value)
@@ -102,13 +102,13 @@ class GenAI(Dialect):
         root = op("Sqrt", [shifted], module, single, dtype=FLOAT)
         normal = op("Div", [x, root], module, shape, dtype=FLOAT)
         if dtype != FLOAT:
-            normal = op("Cast", [normal], module, shape, to=dtype.value)
-        return op("Mul", [normal, weight], module, shape)
+            normal = op("Cast", [normal], module, shape, dtype=dtype, to=dtype.value)
+        return op("Mul", [normal, weight], module, shape, dtype=dtype)
 
     def skip_norm(
         self, stream: ir.Value, added: ir.Value, weight: ir.Value, epsilon: float, module: str, *, last: bool
     ) -> tuple[ir.Value, ir.Value]:
-        dtype, shape = self.graph.precision.onnx, hidden(width(stream))
+        dtype, shape = type_of(stream), hidden(width(stream))
         outputs = [(f"{module}/output", dtype, shape), None, None, (f"{module}/stream", dtype, shape)]
         made = self.graph.op_outputs(
             "SkipSimplifiedLayerNormalization",

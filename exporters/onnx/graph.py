@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from sola_edge.errors import UserError
+
 Dimension = int | str
 MICROSOFT = "com.microsoft"
 
@@ -38,6 +40,7 @@ class Precision:
     bits: int = 0
 
 
+FP32 = Precision("fp32", ir.DataType.FLOAT, torch.float32)
 INDICES = Precision("int32", ir.DataType.INT32, torch.int32)  # positions among channels, whatever the weights are
 BYTES = Precision("uint8", ir.DataType.UINT8, torch.uint8)  # packed small integers
 
@@ -76,7 +79,7 @@ class GraphBuilder:
             dtype = precision or self.precision
 
             def evaluate() -> ir.TensorProtocol:
-                return ir.Tensor(load().to(dtype.torch).contiguous().numpy(), name=name)
+                return ir.Tensor(_stored(load(), dtype, name).contiguous().numpy(), name=name)
 
             value = ir.Value(name=name, type=ir.TensorType(dtype.onnx), shape=ir.Shape(shape))
             value.const_value = ir.LazyTensor(evaluate, dtype=dtype.onnx, shape=ir.Shape(shape), name=name)
@@ -107,6 +110,12 @@ class GraphBuilder:
         """A node with one output of the given shape, of the graph's own precision unless `dtype` says otherwise."""
         output = (f"{module}/{operator}/output", dtype or self.precision.onnx, shape)
         return self.op_outputs(operator, inputs, module, [output], domain=domain, **attributes)[0]
+
+    def cast(self, value: ir.Value, precision: Precision, module: str) -> ir.Value:
+        """The value in that precision; itself where it has it."""
+        if value.dtype == precision.onnx:
+            return value
+        return self.op("Cast", [value], module, shape_of(value), dtype=precision.onnx, to=precision.onnx.value)
 
     def op_outputs(
         self,
@@ -157,6 +166,28 @@ class GraphBuilder:
             producer_version=version,
             metadata_props=dict(metadata),
         )
+
+
+def _stored(tensor: torch.Tensor, precision: Precision, name: str) -> torch.Tensor:
+    """The tensor in that precision. Raises UserError where a value outgrows it."""
+    found = tensor.to(precision.torch)
+    if found.is_floating_point():
+        bad = int((~found.isfinite()).sum())
+        if bad:
+            raise UserError(f"{bad} values of {name} are not finite in {precision.name}; give --precision fp32")
+    return found
+
+
+def shape_of(value: ir.Value) -> tuple[Dimension, ...]:
+    """A value's dimensions, of which the unknown ones are names."""
+    assert value.shape is not None
+    return tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+
+
+def type_of(value: ir.Value) -> ir.DataType:
+    """A value's element type."""
+    assert value.dtype is not None
+    return value.dtype
 
 
 def width(value: ir.Value) -> int:

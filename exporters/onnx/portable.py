@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
-from exporters.onnx.dialect import ALL, INT64, NEW, Dialect, Kind, shape_of
-from exporters.onnx.graph import Dimension, Opsets, Precision, hidden, width
+from exporters.onnx.dialect import ALL, INT64, NEW, Dialect, Kind
+from exporters.onnx.graph import FP32, Dimension, Opsets, hidden, shape_of, type_of, width
 from exporters.onnx.rope import RotaryTables
 
 FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
-ANGLES = Precision("fp32", FLOAT, torch.float32)  # whatever the weights are
 PAIRS: tuple[Dimension, ...] = ("batch_size", 1, "sequence_length", "total_sequence_length")
 
 
@@ -71,7 +69,7 @@ class Portable(Dialect):
         """
         op, module = self.graph.op, f"rotary{rotary.suffix}"
         shape, count = (*NEW, rotary.frequencies.numel()), rotary.frequencies.numel()
-        frequencies = self.graph.weight(f"{module}.frequencies", (count,), lambda: rotary.frequencies, ANGLES)
+        frequencies = self.graph.weight(f"{module}.frequencies", (count,), lambda: rotary.frequencies, FP32)
         number = op("Cast", [positions], module, NEW, dtype=FLOAT, to=FLOAT.value)
         column = op("Unsqueeze", [number, self.graph.constant([2])], module, (*NEW, 1), dtype=FLOAT)
         angles = op("Mul", [column, frequencies], module, shape, dtype=FLOAT)
@@ -106,12 +104,13 @@ class Portable(Dialect):
         return op("And", [causal, inside], module, PAIRS, dtype=BOOL)
 
     def norm(self, x: ir.Value, weight: ir.Value, epsilon: float, module: str) -> ir.Value:
-        return self.graph.op("RMSNormalization", [x, weight], module, shape_of(x), epsilon=epsilon, axis=-1)
+        dtype, shape = type_of(x), shape_of(x)
+        return self.graph.op("RMSNormalization", [x, weight], module, shape, dtype=dtype, epsilon=epsilon, axis=-1)
 
     def skip_norm(
         self, stream: ir.Value, added: ir.Value, weight: ir.Value, epsilon: float, module: str, *, last: bool
     ) -> tuple[ir.Value, ir.Value]:
-        total = self.graph.op("Add", [stream, added], module, hidden(width(stream)))
+        total = self.graph.op("Add", [stream, added], module, hidden(width(stream)), dtype=type_of(stream))
         return self.norm(total, weight, epsilon, module), total
 
     def attention(

@@ -6,14 +6,15 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx.blocks import Blocks
-from exporters.onnx.graph import GraphBuilder, Precision
+from exporters.onnx.graph import FP32, GraphBuilder, Precision
 from exporters.onnx.products import BlockProducts, Products, WholeProducts
 from sola_edge.errors import UserError
 
 PRECISIONS = {
     row.name: row
     for row in (
-        Precision("fp32", ir.DataType.FLOAT, torch.float32),
+        FP32,
+        Precision("fp16", ir.DataType.FLOAT16, torch.float16),
         Precision("int8", ir.DataType.FLOAT, torch.float32, bits=8),
         Precision("int4", ir.DataType.FLOAT, torch.float32, bits=4),
     )

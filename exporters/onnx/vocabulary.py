@@ -10,18 +10,26 @@ import onnx_ir as ir
 
 from exporters.onnx.blocks import SIZES, Blocks
 from exporters.onnx.dialect import Dialect
-from exporters.onnx.graph import MICROSOFT, GraphBuilder, hidden
+from exporters.onnx.graph import MICROSOFT, GraphBuilder, Precision, hidden
 from exporters.onnx.products import BlockProducts, Matrix, WholeProducts
 from sola_edge.checkpoint import Checkpoint
 
 
 class Vocabulary:
-    """blocks: how the head, and with it a tied embedding, is quantized; None leaves both in the graph's own type."""
+    """stream: the precision of the residual stream. blocks: how the head, and with it a tied embedding, is quantized; None
+    leaves both in the graph's own type.
+    """
 
     def __init__(
-        self, graph: GraphBuilder, checkpoint: Checkpoint, dialect: Dialect, blocks: Blocks | None = None
+        self,
+        graph: GraphBuilder,
+        checkpoint: Checkpoint,
+        dialect: Dialect,
+        stream: Precision,
+        blocks: Blocks | None = None,
     ) -> None:
         self.graph = graph
+        self.stream = stream
         self.checkpoint = checkpoint
         self.dialect = dialect
         self.names = checkpoint.architecture
@@ -30,15 +38,17 @@ class Vocabulary:
         self.products = BlockProducts(graph, blocks) if blocks else None
 
     def embedding(self, ids: ir.Value) -> ir.Value:
-        """(batch, sequence, hidden), scaled where the architecture has it so."""
+        """(batch, sequence, hidden) in the stream's precision, scaled where the architecture has it so."""
         module, shape = self.names.embedding, hidden(self.hidden)
         if self.checkpoint.tied and self.products:
             embedded = self._looked_up(ids, module)
         else:
             embedded = self.graph.op("Gather", [self._whole(module), ids], module, shape, axis=0)
+        embedded = self.graph.cast(embedded, self.stream, module)
         if not self.names.scaled_embedding:
             return embedded
-        return self.graph.op("Mul", [embedded, self._number(self.hidden**0.5)], module, shape)
+        scale = self.graph.constant(self.hidden**0.5, self.stream.onnx)
+        return self.graph.op("Mul", [embedded, scale], module, shape, dtype=self.stream.onnx)
 
     def head(self, x: ir.Value) -> ir.Value:
         """Logits, below the model's cap if it has one. A tied head is the embedding itself.
