@@ -164,7 +164,7 @@ def test_activations_are_rounded_as_asked(choice: bool | None, level: int, tmp_p
     result = exporters.onnx.export(source, tmp_path / "onnx", precision="int4", quantization=asked)
     nodes = [n for n in onnx.load(result.path, load_external_data=False).graph.node if n.op_type == "MatMulNBits"]
     levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
-    assert len(nodes) == 8 and levels == {level}
+    assert len(nodes) == 6 and levels == {level}  # q, k, v are one product
 
 
 def test_genai_generates_with_blocks(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_genai_generates_with_blocks(tmp_path: Path) -> None:
     assert generator.get_sequence(0)[TOKENS.shape[1]] == expected
 
 
-def test_one_matrix_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_stack_of_matrices_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True, layers=3, tied=False)
     read, alive, most = Checkpoint.tensor, list[weakref.ref[torch.Tensor]](), 0
 
@@ -196,7 +196,7 @@ def test_one_matrix_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Checkpoint, "tensor", counted)
     exporters.onnx.export(source, tmp_path / "onnx", precision="int8")
     assert len(alive) == len(open_checkpoint(source).names())  # none is read or quantized twice
-    assert most <= 1
+    assert most <= 3  # q, k and v on their way into one stack
 
 
 @pytest.mark.parametrize(

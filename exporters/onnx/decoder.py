@@ -128,13 +128,24 @@ class Decoder:
                                        │
                                present key, value
         """
-        q, k, v = (self.linear(self.names.module(layer, part), (x,)) for part in "qkv")
-        if self.names.head_norms:
+        q, k, v = self._qkv(layer, x)
+        if self.names.head_norms and k is not None:  # which are never packed
             q_norm, k_norm = (f"{self.names.layer.format(layer)}.{norm}" for norm in self.names.head_norms)
             q, k = self._head_norm(q_norm, q), self._head_norm(k_norm, k)
         o = self.names.module(layer, "o")
         attended, present = self.dialect.attention((q, k, v), past, self.kinds[layer], o.rsplit(".", 1)[0])
         return self.linear(o, (attended,)), present
+
+    def _qkv(self, layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        """q, k and v; or all three side by side in the first where the dialect's attention takes them so."""
+        modules = [self.names.module(layer, part) for part in "qkv"]
+        if self.dialect.packs and not self.names.head_norms:
+            together = self.linear.packed(modules, x)
+            if together is not None:
+                return together, None, None
+        pieces = self.linear.shared(modules, x)
+        q, k, v = (self.linear.join(found, module) for module, found in zip(modules, pieces, strict=True))
+        return q, k, v
 
     def _head_norm(self, module: str, x: ir.Value) -> ir.Value:
         """x ── Reshape: a row for each head ── norm ── Reshape back."""
@@ -159,7 +170,7 @@ class Decoder:
         and with any mixture of whole and factored matrices the same, joined or cut where two of them differ.
         """
         gate_name, up_name, down_name = (self.names.module(layer, part) for part in ("gate", "up", "down"))
-        gate, up = self.linear.pieces(gate_name, (x,)), self.linear.pieces(up_name, (x,))
+        gate, up = self._gate_and_up(gate_name, up_name, x)
         if tuple(map(width, gate)) != tuple(map(width, up)):
             gate, up = (self.linear.join(gate, gate_name),), (self.linear.join(up, up_name),)
         products: Pieces = ()
@@ -167,6 +178,12 @@ class Decoder:
             module = down_name.rsplit(".", 1)[0] + ("" if len(gate) == 1 else (".prime", ".marginal")[i])
             products += (self.graph.op("Mul", [self._activation(g, module), u], module, hidden(width(g))),)
         return self.linear(down_name, products)
+
+    def _gate_and_up(self, gate: str, up: str, x: ir.Value) -> list[Pieces]:
+        """Stacked where one is factored: many small products cost more than their split, two large ones do not."""
+        if self.linear.factored(gate) or self.linear.factored(up):
+            return self.linear.shared((gate, up), x)
+        return [self.linear.pieces(gate, (x,)), self.linear.pieces(up, (x,))]
 
     def _activation(self, x: ir.Value, module: str) -> ir.Value:
         shape = hidden(width(x))

@@ -46,12 +46,13 @@ class Dialect(ABC):
     """Writes the parts of one model into one graph. `begin` comes before everything else, `end` after the last norm.
 
     shared_cache: whether past and present of a layer may be one buffer, longer than what is in it. blocks: whether it has
-    operators for weights in blocks.
+    operators for weights in blocks. packs: whether attention takes q, k and v side by side in one tensor.
     """
 
     opsets: ClassVar[Opsets]
     shared_cache: ClassVar[bool]
     blocks: ClassVar[bool]
+    packs: ClassVar[bool]
 
     def __init__(self, graph: GraphBuilder, heads: Heads) -> None:
         self.graph = graph
@@ -82,12 +83,15 @@ class Dialect(ABC):
     @abstractmethod
     def attention(
         self,
-        qkv: tuple[ir.Value, ir.Value, ir.Value],
+        qkv: tuple[ir.Value, ir.Value | None, ir.Value | None],
         past: tuple[ir.Value, ir.Value],
         kind: str,
         module: str,
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
-        """(attended, (present key, present value)); the queries and keys that come in are not rotated yet."""
+        """(attended, (present key, present value)); the queries and keys that come in are not rotated yet.
+
+        qkv: with None for k and v where the first has all three, which only dialects that pack are given.
+        """
 
     @abstractmethod
     def tied_head(self, x: ir.Value, embedding: ir.Value, module: str) -> ir.Value:

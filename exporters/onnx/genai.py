@@ -30,6 +30,7 @@ class GenAI(Dialect):
     opsets = Opsets({"": 21, MICROSOFT: 1}, ir=10)
     shared_cache = True
     blocks = True
+    packs = True
 
     def begin(self, ids: ir.Value, mask: ir.Value, kinds: Mapping[str, Kind]) -> ir.Value:
         self._lengths(mask)
@@ -122,7 +123,7 @@ class GenAI(Dialect):
 
     def attention(
         self,
-        qkv: tuple[ir.Value, ir.Value, ir.Value],
+        qkv: tuple[ir.Value, ir.Value | None, ir.Value | None],
         past: tuple[ir.Value, ir.Value],
         kind: str,
         module: str,

@@ -6,6 +6,8 @@ gate, up and down of one layer that are factored alike become two parallel branc
 """
 
 import itertools
+import os
+from collections.abc import Sequence
 from functools import partial
 
 import onnx_ir as ir
@@ -43,18 +45,75 @@ class Linears:
                       x[p:] ── low rank ───────────── Add ── y
         """
         layout = self.checkpoint.layout.get(module)
-        if layout is None or layout.rank == 0:
-            products: Pieces = (self._matmul(f"{module}.weight", self.join(x, module)),)
-        elif not layout.prime:
-            products = (self._low_rank(module, layout, self.join(x, module)),)
-        elif layout.split == "out":
-            whole = self.join(x, module)
-            products = (self._matmul(f"{module}.prime", whole), self._low_rank(module, layout, whole))
-        else:
-            prime, marginal = self.cut(x, (layout.prime, layout.n_in - layout.prime), module)
-            kept, rest = self._matmul(f"{module}.prime", prime), self._low_rank(module, layout, marginal)
-            products = (self.graph.op("Add", [kept, rest], module, hidden(layout.n_out)),)
-        return self._add_bias(module, products)
+        if layout is None or not layout.prime or layout.split == "out":
+            return self.shared((module,), self.join(x, module))[0]
+        prime, marginal = self.cut(x, (layout.prime, layout.n_in - layout.prime), module)
+        kept = self._product(f"{module}.prime", prime)
+        rest = self._outer(module, layout, self._product(f"{module}.A", marginal))
+        return self._add_bias(module, (self.graph.op("Add", [kept, rest], module, hidden(layout.n_out)),))
+
+    def shared(self, modules: Sequence[str], x: ir.Value) -> list[Pieces]:
+        """W x + bias of each of several matrices, in pieces; those that multiply x itself are stacked into one product.
+
+        x ── MatMul [q; k's A; v] ── Split ─┬─ q
+                                            ├─ MatMul k's B ── k
+                                            └─ v
+        """
+        inner = {module: self._inner_names(module) for module in modules}
+        values = iter(self._stacked([name for names in inner.values() for name in names], x))
+        found = []
+        for module, names in inner.items():
+            parts = [next(values) for _ in names]
+            if self.factored(module):
+                parts[-1] = self._outer(module, self.checkpoint.layout[module], parts[-1])
+            found.append(self._add_bias(module, tuple(parts)))
+        return found
+
+    def packed(self, modules: Sequence[str], x: ir.Value) -> ir.Value | None:
+        """W x + bias of several matrices side by side in one tensor; None where one of them is factored."""
+        if any(map(self.factored, modules)):
+            return None
+        names = [f"{module}.weight" for module in modules]
+        stack = self._stack(names)
+        product = self.products(stack.name, x, stack)
+        biases = [self.checkpoint.bias_name(module) for module in modules]
+        if not any(biases):
+            return product
+        widths = [self.checkpoint.shape(name)[0] for name in names]
+        load = partial(self._biases, list(zip(biases, widths, strict=True)))
+        bias = self.graph.weight(f"{stack.name}.bias", (stack.n_out,), load)
+        return self.graph.op("Add", [product, bias], f"{stack.name}.bias", hidden(stack.n_out))
+
+    def factored(self, module: str) -> bool:
+        """Whether the matrix is stored in factors."""
+        layout = self.checkpoint.layout.get(module)
+        return layout is not None and layout.rank > 0
+
+    def _biases(self, rows: Sequence[tuple[str | None, int]]) -> torch.Tensor:
+        return torch.cat([self.checkpoint.tensor(name) if name else torch.zeros(width) for name, width in rows])
+
+    def _inner_names(self, module: str) -> list[str]:
+        """The tensors of a matrix, split on its outputs or not at all, that its input meets first."""
+        if not self.factored(module):
+            return [f"{module}.weight"]
+        prime = self.checkpoint.layout[module].prime
+        return [f"{module}.prime", f"{module}.A"] if prime else [f"{module}.A"]
+
+    def _stacked(self, names: Sequence[str], x: ir.Value) -> Sequence[ir.Value]:
+        if len(names) == 1:
+            return [self._product(names[0], x)]
+        stack = self._stack(names)
+        widths = tuple(self.checkpoint.shape(name)[0] for name in names)
+        return self.cut((self.products(stack.name, x, stack),), widths, stack.name)
+
+    def _stack(self, names: Sequence[str]) -> Matrix:
+        """Several tensors, one below the other, under a name such as `model.layers.3.mlp.gate_proj.A+up_proj.A`."""
+        short = [name.removesuffix(".weight") for name in names]
+        rows = sum(self.checkpoint.shape(name)[0] for name in names)
+        return Matrix(stack_name(short), rows, self.checkpoint.shape(names[0])[1], partial(self._rows_of, tuple(names)))
+
+    def _rows_of(self, names: Sequence[str]) -> torch.Tensor:
+        return torch.cat([self.checkpoint.tensor(name) for name in names])
 
     def join(self, x: Pieces, module: str) -> ir.Value:
         """The pieces as one tensor, on the way into or out of a module."""
@@ -70,17 +129,16 @@ class Linears:
         sizes = self.graph.constant(widths)
         return tuple(self.graph.op_outputs("Split", [self.join(x, module), sizes], module, outputs, axis=-1))
 
-    def _low_rank(self, module: str, layout: MatrixLayout, x: ir.Value) -> ir.Value:
-        """L x, of the layout's low-rank part L.
+    def _outer(self, module: str, layout: MatrixLayout, inner: ir.Value) -> ir.Value:
+        """L x out of A x, of the layout's low-rank part L.
 
-        plain:   x ── MatMul A ── MatMul B ── L x
+        plain:   A x ── MatMul B ── L x
 
-        pivots:  x ── MatMul A ─┬──────────── Concat ── (Gather order) ── L x
-                                └─ MatMul B ──┘
+        pivots:  A x ─┬──────────── Concat ── (Gather order) ── L x
+                      └─ MatMul B ──┘
         """
         rows = hidden(layout.low_rank_shape[0])
-        inner = self._matmul(f"{module}.A", x)
-        outer = self._matmul(f"{module}.B", inner)
+        outer = self._product(f"{module}.B", inner)
         if layout.pivot:
             outer = self.graph.op("Concat", [inner, outer], f"{module}.pivot", rows, axis=-1)
         if layout.gather:
@@ -89,7 +147,7 @@ class Linears:
             outer = self.graph.op("Gather", [outer, order], module, rows, axis=-1)
         return outer
 
-    def _matmul(self, name: str, x: ir.Value) -> ir.Value:
+    def _product(self, name: str, x: ir.Value) -> ir.Value:
         """x Wᵀ for a stored W."""
         return self.products(name.removesuffix(".weight"), x, self._stored(name))
 
@@ -113,3 +171,10 @@ class Linears:
 
     def _rows(self, name: str, start: int, end: int) -> torch.Tensor:
         return self.checkpoint.tensor(name)[start:end]
+
+
+def stack_name(names: Sequence[str]) -> str:
+    """`a.b.c+d.e` of `a.b.c` and `a.b.d.e`: the parent that all share, then each one's own part."""
+    parts = [name.split(".") for name in names]
+    shared = len(os.path.commonprefix([part[:-1] for part in parts]))
+    return ".".join([*parts[0][:shared], "+".join(".".join(part[shared:]) for part in parts)])

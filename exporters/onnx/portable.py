@@ -34,6 +34,7 @@ class Portable(Dialect):
     opsets = Opsets({"": 23}, ir=11)
     shared_cache = False
     blocks = False
+    packs = False
 
     def begin(self, ids: ir.Value, mask: ir.Value, kinds: Mapping[str, Kind]) -> ir.Value:
         queries, keys = self._positions(ids, mask)
@@ -115,7 +116,7 @@ class Portable(Dialect):
 
     def attention(
         self,
-        qkv: tuple[ir.Value, ir.Value, ir.Value],
+        qkv: tuple[ir.Value, ir.Value | None, ir.Value | None],
         past: tuple[ir.Value, ir.Value],
         kind: str,
         module: str,
@@ -133,13 +134,13 @@ class Portable(Dialect):
         score -cap. Only models with a cap notice.
         """
         shared, heads = self._shared[kind], self.heads
-        q, k = (
-            self._rotated(x, count, shared, f"{module}.{part}")
-            for x, count, part in zip(qkv, (heads.query, heads.key_value), "qk", strict=False)
-        )
+        q, k, v = qkv
+        assert k is not None and v is not None  # this dialect does not pack them
+        q = self._rotated(q, heads.query, shared, f"{module}.q")
+        k = self._rotated(k, heads.key_value, shared, f"{module}.k")
         attended, key, value = self.graph.op_outputs(
             "Attention",
-            [q, k, qkv[2], shared.visible, *past],
+            [q, k, v, shared.visible, *past],
             module,
             self._attention_outputs(module),
             q_num_heads=heads.query,
