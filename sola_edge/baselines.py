@@ -13,7 +13,7 @@ from sola_edge.architecture import COMPONENTS, FFN
 from sola_edge.calibration import STAGES
 from sola_edge.config import CompressionSettings, MatrixLayout
 from sola_edge.errors import UserError
-from sola_edge.factorize import Metric, factors, retained_energy, spectrum
+from sola_edge.factorize import Metric, factors, orthonormal, retained_energy, spectrum
 from sola_edge.forms import SPLIT, ffn_shape
 from sola_edge.planning import Plan, check_reachable, make_plan
 from sola_edge.view import Analysis, Correction, LayerView, ModelView
@@ -136,7 +136,7 @@ class MatrixRewriter:
                 found[f"{module}.weight"] = whole
             else:
                 weight, metric = self.method._marginal(self.view, component, order, layout.prime)
-                found[f"{module}.B"], found[f"{module}.A"] = factors(weight, metric, layout.rank)
+                found[f"{module}.B"], found[f"{module}.A"] = orthonormal(*factors(weight, metric, layout.rank))
                 if layout.prime:
                     kept = whole[: layout.prime] if layout.split == "out" else whole[:, : layout.prime]
                     found[f"{module}.prime"] = kept

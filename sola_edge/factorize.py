@@ -90,6 +90,19 @@ def factors(weight: torch.Tensor, metric: Metric, rank: int) -> tuple[torch.Tens
     return torch.linalg.solve_triangular(root.T, vectors, upper=True), (root @ vectors).T @ weight
 
 
+def orthonormal(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product B A with orthonormal rows of A, by descending size of what they carry; float64.
+
+    Any R gives the same product as (B R⁻¹)(R A), but not the same when both are rounded. An error E in A becomes B E, one F
+    in B becomes F A: with orthonormal rows neither is larger than the error of rounding the product itself. As the metric
+    makes them, the rows of A are whitened: channels that are large in x have the smallest entries, and lose their digits.
+    """
+    q, r = torch.linalg.qr(a.double().T)
+    carried = b.double() @ r.T
+    rotation = torch.linalg.eigh(carried.T @ carried)[1].flip(1)
+    return carried @ rotation, (q @ rotation).T
+
+
 def _small_side(weight: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     """The symmetric matrix whose eigenvalues are σ², the Cholesky factor it was made with, whether that is of S."""
     n_out, n_in = weight.shape

@@ -16,7 +16,7 @@ from sola_edge.budget import Options, allocate
 from sola_edge.calibration import STAGES
 from sola_edge.config import CompressionSettings, FactorPolicy, MatrixLayout
 from sola_edge.correct import Problem, corrected
-from sola_edge.factorize import Metric, factors, pivoted, remaining, spectrum
+from sola_edge.factorize import Metric, factors, orthonormal, pivoted, remaining, spectrum
 from sola_edge.forms import FfnChoices, MatrixChoices, ffn_choices, matrix_choices
 from sola_edge.neurons import neuron_order, prime_split, refit
 from sola_edge.planning import Plan, check_reachable, make_plan
@@ -249,6 +249,7 @@ class SolaRewriter:
 
 def _stored(layout: MatrixLayout, b: torch.Tensor, a: torch.Tensor) -> dict[str, torch.Tensor]:
     if not layout.pivot:
+        b, a = orthonormal(b, a)
         return {"A": a, "B": b}
     if not layout.gather:  # the rows are in pivot order already: the first `rank` are well-conditioned
         square = b[: layout.rank]

@@ -254,7 +254,10 @@ def test_full_rank_is_the_dense_model(tmp_path: Path, text: str, bias: bool, mon
     made = compress(source, tmp_path / "small", paper(0.3), text)
     assert len(made.plan.layouts) == 2 * 6
     ids = torch.arange(3, 60)[None]
-    assert (logits(source, ids) - logits(made.path, ids)).abs().max() < 2e-5
+    expected = logits(source, ids)
+    assert (
+        expected - logits(made.path, ids)
+    ).abs().max() < 1e-5 * expected.std()  # rounding in fp32 gives half of that
 
 
 def test_higher_rate_costs_more(tmp_path: Path, text: str) -> None:

@@ -347,3 +347,18 @@ def test_smollm2(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> N
     assert genai_greedy(result, tokens[:, :32], 64) == torch_greedy(source, tokens[:, :32], 64)
     genai = pytest.importorskip("onnxruntime_genai")
     assert list(genai.Tokenizer(genai.Model(str(tmp_path / "onnx"))).encode(text)) == tokenizer(text).input_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "most"), [("smollm2", 1e-3), ("smollm2_compressed", 2e-3)])
+def test_smollm2_in_int8(kind: str, most: float, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Near PyTorch, compressed too: a factored matrix is rounded twice, and its basis is chosen so that this is all."""
+    source = request.getfixturevalue(kind)
+    tokenizer = open_checkpoint(source).tokenizer()
+    tokens = tokenizer(str(torch.nn.Module.__doc__), return_tensors="pt").input_ids[:, :512]
+    expected = torch.from_numpy(torch_logits(source, tokens)).double().log_softmax(-1)
+    result = exporters.onnx.export(source, tmp_path / "onnx", precision="int8")
+    found = torch.from_numpy(Runner(result.path, 1)(tokens)).double().log_softmax(-1)
+    divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+    print(f"int8 of {kind}: KL {divergence:.2e}")
+    assert divergence <= most

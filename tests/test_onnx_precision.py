@@ -1,5 +1,6 @@
 """Quantized ONNX exports: blocks by hand and by hypothesis, and graphs against the weights that their blocks stand for."""
 
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from exporters.onnx.precision import DEFAULTS
 from exporters.onnx.vocabulary import lookup_blocks
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
+from sola_edge.plain import plain
 from sola_edge.testing import tiny_checkpoint
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
@@ -100,6 +102,9 @@ def rounded_logits(
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "tensor", rounded)
+        patch.setattr(
+            sys.modules["exporters.onnx.export"], "open_checkpoint", lambda path: plain(open_checkpoint(path))
+        )
         return run(exporters.onnx.export(source, folder).path)
 
 

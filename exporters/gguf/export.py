@@ -23,6 +23,7 @@ from exporters.support import check_supported
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.errors import UserError
 from sola_edge.files import check_file_target, replace_file
+from sola_edge.plain import plain
 from sola_edge.progress import track
 
 
@@ -31,8 +32,8 @@ class GGUFExport(ExportResult):
     """An exported GGUF file: how many tensors there are of each type, and the ones that could not be of the asked type.
 
     `tensor_bytes` counts the tensors alone: the rest of `bytes` is the tokenizer and other metadata, and padding.
-    `expanded` names the matrices that the file holds in a larger form than the checkpoint, as ggml cannot gather their
-    outputs. `stock`: the file runs on any llama.cpp, and not only on one with our addition.
+    `expanded` names the matrices that the file holds in a larger form than the checkpoint: ggml cannot gather their outputs,
+    or the type rounds and they are pivoted. `stock`: the file runs on any llama.cpp, and not only on one with our addition.
     """
 
     type_counts: dict[str, int]
@@ -60,6 +61,7 @@ def export(checkpoint_path: str | Path, out_file: str | Path, type: str = "f16",
         raise UserError(f"{out} is the model itself; give another name for the file to write")
     metadata = converter_metadata(checkpoint)
     base = metadata["general.architecture"].value
+    stored, checkpoint = checkpoint, plain(checkpoint) if row.rounds else checkpoint
     form, names = choose_form(checkpoint, base, dense), Names(checkpoint, base)
     plan = list(tensors(checkpoint, names, row, form))
     writer = gguf.GGUFWriter(None, form.architecture)
@@ -78,7 +80,7 @@ def export(checkpoint_path: str | Path, out_file: str | Path, type: str = "f16",
         type_counts=dict(Counter(tensor.type.name for tensor in plan)),
         fallbacks=tuple(tensor.name for tensor in plan if tensor.fallback),
         tensor_bytes=sum(tensor.bytes for tensor in plan),
-        expanded=expanded(checkpoint, names, form),
+        expanded=expanded(stored, names, form, rounds=row.rounds),
         stock=not any(tensor.name.endswith(OURS) for tensor in plan),
     )
 

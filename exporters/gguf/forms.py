@@ -22,6 +22,7 @@ from sola_edge.checkpoint import Checkpoint
 from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.layers import recompose
+from sola_edge.plain import plain_layout, plain_parts
 
 Kind = Literal["dense", "narrow", "hybrid"]
 WHOLE = "weight"
@@ -126,8 +127,8 @@ def parts(checkpoint: Checkpoint, module: str, form: Form, reordered: bool) -> I
         return
     for name, shape in stored.shapes.items():
         read = partial(checkpoint.tensor, f"{module}.{name}")
-        if name == "B" and stored != layout:
-            read = partial(_expanded, checkpoint, module, layout)
+        if name in ("A", "B") and stored != layout:
+            read = partial(_made_plain, checkpoint, module, layout, name)
         yield Part(SUFFIXES[name], shape, read, name == "B")
 
 
@@ -153,15 +154,11 @@ def _padded(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _plain(layout: MatrixLayout, reordered: bool) -> MatrixLayout:
-    """The smallest layout of the same matrix without pivots and gather: plain factors, or whole."""
-    plain = replace(layout, pivot=False, gather=False)
-    if (reordered and layout.prime) or plain.weights >= layout.n_out * layout.n_in:
-        return replace(plain, rank=0, prime=0)
-    return plain
+    """The smallest layout of the same matrix that GGUF can hold: plain factors, or whole."""
+    plain = plain_layout(layout)
+    return replace(plain, rank=0, prime=0) if reordered and layout.prime else plain
 
 
-def _expanded(checkpoint: Checkpoint, module: str, layout: MatrixLayout) -> torch.Tensor:
-    """B (rows, rank) of the plain factors: the pivot rows of the identity put back, in the order of the outputs."""
-    stored = checkpoint.tensor(f"{module}.B").float()
-    rows = torch.cat([torch.eye(layout.rank), stored]) if layout.pivot else stored
-    return rows[checkpoint.tensor(f"{module}.order").long()] if layout.gather else rows
+def _made_plain(checkpoint: Checkpoint, module: str, layout: MatrixLayout, name: str) -> torch.Tensor:
+    stored = {part: checkpoint.tensor(f"{module}.{part}") for part in layout.shapes}
+    return plain_parts(layout, stored)[name]

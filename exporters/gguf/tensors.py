@@ -49,10 +49,17 @@ def tensors(checkpoint: Checkpoint, names: Names, row: TypeRow, form: Form) -> I
         yield from _module(checkpoint, names, architecture.head, row.embedding, form)
 
 
-def expanded(checkpoint: Checkpoint, names: Names, form: Form) -> tuple[str, ...]:
-    """GGUF names of the matrices that are larger in the file than in the checkpoint, because ggml gathers no channels."""
+def expanded(checkpoint: Checkpoint, names: Names, form: Form, rounds: bool) -> tuple[str, ...]:
+    """GGUF names of the matrices that are larger in the file than in the checkpoint.
+
+    ggml gathers no channels, and pivots are not kept where values are rounded to few bits.
+    """
     found = (
-        (module, expands(form, row, bool(names.permuted_heads(module)))) for module, row in checkpoint.layout.items()
+        (
+            module,
+            expands(form, row, bool(names.permuted_heads(module))) or (rounds and row.pivot and form.kind == "hybrid"),
+        )
+        for module, row in checkpoint.layout.items()
     )
     return tuple(names.base(module) for module, is_expanded in found if is_expanded)
 

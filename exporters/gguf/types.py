@@ -25,6 +25,11 @@ class TypeRow:
     embedding: GGMLQuantizationType
     file_type: LlamaFileType
 
+    @property
+    def rounds(self) -> bool:
+        """Whether matrices are stored in blocks of few bits."""
+        return GGML_QUANT_SIZES[self.matrix][0] > 1
+
 
 _Q = GGMLQuantizationType
 TYPES = {

@@ -26,6 +26,7 @@ from sola_edge import __version__
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
 from sola_edge.files import check_folder_target, replace_folder, size_of
+from sola_edge.plain import plain
 from sola_edge.progress import track
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -54,6 +55,8 @@ def export(
     check_supported(checkpoint, "ONNX")
     check_graph(checkpoint, graph)
     provenance = _provenance(checkpoint) | {"precision": precision}
+    if stored.matrices:
+        checkpoint = plain(checkpoint)
     builder = GraphBuilder(stored.precision, dialect.opsets)
     Decoder(checkpoint, builder, dialect, stored).build()
     metadata = {
