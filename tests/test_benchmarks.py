@@ -47,7 +47,7 @@ def test_our_graph_against_the_builders(models: Models) -> None:
     for row, test in ((prefill, "pp8"), (decode, "tg3")):
         assert row.test == test and row.wanted == 0.98 and row.reached is not None, row.reason
         assert row.ratio is not None and 0 < row.ratio.minimum <= row.ratio.median <= row.ratio.maximum
-        assert len(row.ratio.runs) == BRIEF.rounds
+        assert len(row.ratio.runs) == 2 * BRIEF.rounds  # in either order
     assert missing.ratio is None and missing.reached is None and f"no {UNKNOWN} yet" in missing.reason
 
 
