@@ -156,7 +156,7 @@ def export_onnx(
         str, typer.Option(help="fp32; fp16 for GPUs; int8: near fp32; int4: small and fast.")
     ] = "fp32",
     block: Annotated[
-        int | None, typer.Option(help="Input channels that share a scale: 16, 32, 64, 128 or 256.")
+        int | None, typer.Option(help="Input channels that share a scale: 16 to 256; less for a tied head.")
     ] = None,
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Blocks without or with a zero point.")
@@ -198,7 +198,7 @@ def export_gguf(
     if result.fallbacks:
         rows["stored_as_f16_because_their_rows_are_no_whole_blocks"] = list(result.fallbacks)
     if result.expanded:
-        rows["stored_larger_because_ggml_gathers_no_channels"] = list(result.expanded)
+        rows["stored_larger_than_in_the_checkpoint"] = list(result.expanded)
     rows["runs_on"] = "any llama.cpp" if result.stock else "the llama.cpp of `sola-edge llama-cpp build`"
     if dense:
         rows["note"] = "the factors are multiplied out: this file runs on any llama.cpp and saves nothing"

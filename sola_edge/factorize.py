@@ -94,8 +94,9 @@ def orthonormal(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """The same product B A with orthonormal rows of A, by descending size of what they carry; float64.
 
     Any R gives the same product as (B R⁻¹)(R A), but not the same when both are rounded. An error E in A becomes B E, one F
-    in B becomes F A: with orthonormal rows neither is larger than the error of rounding the product itself. As the metric
-    makes them, the rows of A are whitened: channels that are large in x have the smallest entries, and lose their digits.
+    in B becomes F A: with orthonormal rows either is, in the Frobenius norm, about the error of rounding the product itself.
+    As the metric makes them, the rows of A are whitened: channels that are large in x have the smallest entries, and lose
+    their digits.
     """
     q, r = torch.linalg.qr(a.double().T)
     carried = b.double() @ r.T

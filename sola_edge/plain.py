@@ -4,7 +4,7 @@ Pivots are rows of the matrix itself, and what is rounded in them reaches every 
 plain factors whose A has orthonormal rows it reaches the outputs once from A and once from B (`factorize.orthonormal`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -39,28 +39,34 @@ def with_pivots(layout: MatrixLayout, parts: Mapping[str, torch.Tensor]) -> torc
     return rows[parts["order"].long()] if layout.gather else rows
 
 
-def plain(checkpoint: Checkpoint) -> Checkpoint:
-    """The same model, its pivoted matrices made plain when they are read, one at a time; itself where it has none."""
-    pivoted = {module: layout for module, layout in checkpoint.layout.items() if layout.pivot}
-    if not pivoted:
+def plain(checkpoint: Checkpoint, chosen: Callable[[str, MatrixLayout], bool] | None = None) -> Checkpoint:
+    """The same model, its pivoted matrices (or the `chosen` modules) made plain when they are read; float32.
+
+    The matrices of one layer are in memory at a time.
+    """
+    wanted = chosen or (lambda _, layout: layout.pivot)
+    remade = {module: layout for module, layout in checkpoint.layout.items() if wanted(module, layout)}
+    if not remade:
         return checkpoint
-    layouts = {**checkpoint.layout, **{module: plain_layout(layout) for module, layout in pivoted.items()}}
-    return replace(checkpoint, tensors=_Plain(checkpoint.tensors, pivoted), layout=layouts)
+    layouts = {**checkpoint.layout, **{module: plain_layout(layout) for module, layout in remade.items()}}
+    depth = checkpoint.architecture.layer.count(".") + 1
+    return replace(checkpoint, tensors=_Plain(checkpoint.tensors, remade, depth), layout=layouts)
 
 
 class _Plain:
-    """Tensors under the names of the plain layouts."""
+    """Tensors under the names of the plain layouts; `depth`: of a layer's name, in parts."""
 
-    def __init__(self, tensors: Tensors, pivoted: Mapping[str, MatrixLayout]) -> None:
-        self._tensors, self._pivoted = tensors, pivoted
-        self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
+    def __init__(self, tensors: Tensors, remade: Mapping[str, MatrixLayout], depth: int) -> None:
+        self._tensors, self._remade, self._depth = tensors, remade, depth
+        self._layer: tuple[str, ...] = ()
+        self._kept: dict[str, dict[str, torch.Tensor]] = {}  # of that layer
 
     def names(self) -> list[str]:
         """Each matrix's parts stand where its first part stood."""
         found: dict[str, None] = {}
         for name in self._tensors.names():
             module, _, part = name.rpartition(".")
-            layout = self._pivoted.get(module)
+            layout = self._remade.get(module)
             if layout is None or part not in layout.shapes:
                 found[name] = None
             else:
@@ -73,22 +79,24 @@ class _Plain:
         return made.shapes[part] if made else self._tensors.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        module, _, part = name.rpartition(".")
-        return self._tensors.dtype(f"{module}.A") if self._made(module, part) else self._tensors.dtype(name)
+        return torch.float32 if self._made(*name.rpartition(".")[::2]) else self._tensors.dtype(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parts of one matrix are read one after the other: the last matrix is kept for that."""
+        """A matrix's parts belong together (the basis of one is that of the other), so they are made once."""
         module, _, part = name.rpartition(".")
         if not self._made(module, part):
             return self._tensors.tensor(name)
-        if self._last[0] != module:
-            layout = self._pivoted[module]
-            parts = {part: self._tensors.tensor(f"{module}.{part}") for part in layout.shapes}
-            self._last = (module, plain_parts(layout, parts))
-        return self._last[1][part]
+        layer = tuple(module.split(".")[: self._depth])
+        if layer != self._layer:
+            self._layer, self._kept = layer, {}
+        if module not in self._kept:
+            layout = self._remade[module]
+            stored = {part: self._tensors.tensor(f"{module}.{part}") for part in layout.shapes}
+            self._kept[module] = plain_parts(layout, stored)
+        return self._kept[module][part]
 
     def _made(self, module: str, part: str) -> MatrixLayout | None:
         """The plain layout that a part is of, None for what is as it was."""
-        layout = self._pivoted.get(module)
+        layout = self._remade.get(module)
         made = plain_layout(layout) if layout else None
         return made if made and part in made.shapes else None

@@ -1,5 +1,6 @@
 """Quantized ONNX exports: blocks by hand and by hypothesis, and graphs against the weights that their blocks stand for."""
 
+import json
 import sys
 import weakref
 from pathlib import Path
@@ -22,6 +23,7 @@ from exporters.onnx.precision import DEFAULTS
 from exporters.onnx.vocabulary import lookup_blocks
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
+from sola_edge.factorize import orthonormal
 from sola_edge.plain import plain
 from sola_edge.testing import tiny_checkpoint
 
@@ -162,6 +164,28 @@ def test_the_data_file_holds_the_blocks_once(tmp_path: Path) -> None:
     assert result.path.with_name("model.onnx.data").stat().st_size == expected + 4 * tables
 
 
+def test_metadata_say_how_it_was_rounded(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
+    asked = Quantization(size=64, head="int8")
+    result = exporters.onnx.export(source, tmp_path / "onnx", precision="int4", quantization=asked)
+    found = {row.key: row.value for row in onnx.load(result.path, load_external_data=False).metadata_props}
+    assert found["precision"] == "int4"
+    assert json.loads(found["matrices"]) == {"bits": 4, "size": 64, "symmetric": True, "int8_activations": True}
+    assert json.loads(found["head"])["bits"] == 8
+
+
+def test_parts_of_a_plain_matrix_are_of_one_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stacks read all A before any B: each matrix is made plain once, not once for each part."""
+    from sola_edge import plain as module
+
+    made: list[int] = []
+    monkeypatch.setattr(module, "orthonormal", lambda b, a: made.append(1) or orthonormal(b, a))
+    source = checkpoint_with(tmp_path / "checkpoint", MIXED)
+    exporters.onnx.export(source, tmp_path / "onnx", precision="int8")
+    layouts = open_checkpoint(source).layout.values()
+    assert len(made) == sum(layout.pivot and module.plain_layout(layout).rank > 0 for layout in layouts)
+
+
 @pytest.mark.parametrize(("choice", "level"), [(None, 4), (True, 4), (False, 1)])
 def test_activations_are_rounded_as_asked(choice: bool | None, level: int, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
@@ -210,6 +234,7 @@ def test_one_stack_of_matrices_in_memory_at_a_time(tmp_path: Path, monkeypatch: 
         ("int4", {"size": 20}, "block 20"),
         ("int4", {"head": "int3"}, "int3"),
         ("fp32", {"size": 32}, "no blocks"),
+        ("int8", {"head": "fp16"}, "give fp32, int8, int4"),
     ],
 )
 def test_impossible_choices_are_refused(precision: str, choices: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -282,7 +307,7 @@ def test_a_weight_beyond_fp16_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
     read = Checkpoint.tensor
     monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read(self, name) * 1e6)
-    with pytest.raises(UserError, match="not finite in fp16"):
+    with pytest.raises(UserError, match="beyond the range of fp16"):
         exporters.onnx.export(source, tmp_path / "onnx", precision="fp16")
     assert not (tmp_path / "onnx").exists()
 

@@ -13,14 +13,14 @@ import gguf
 import numpy as np
 from gguf.quants import quant_shape_to_byte_shape
 
-from exporters.gguf.forms import OURS, choose_form, form_metadata
+from exporters.gguf.forms import OURS, Form, choose_form, form_metadata, made_plain
 from exporters.gguf.metadata import add_metadata, converter_metadata
 from exporters.gguf.names import Names
 from exporters.gguf.tensors import Tensor, expanded, tensors
 from exporters.gguf.types import encode, type_row
 from exporters.result import ExportResult
 from exporters.support import check_supported
-from sola_edge.checkpoint import open_checkpoint
+from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
 from sola_edge.files import check_file_target, replace_file
 from sola_edge.plain import plain
@@ -61,8 +61,8 @@ def export(checkpoint_path: str | Path, out_file: str | Path, type: str = "f16",
         raise UserError(f"{out} is the model itself; give another name for the file to write")
     metadata = converter_metadata(checkpoint)
     base = metadata["general.architecture"].value
-    stored, checkpoint = checkpoint, plain(checkpoint) if row.rounds else checkpoint
     form, names = choose_form(checkpoint, base, dense), Names(checkpoint, base)
+    stored, checkpoint = checkpoint, _without_pivots(checkpoint, form, names, row.rounds)
     plan = list(tensors(checkpoint, names, row, form))
     writer = gguf.GGUFWriter(None, form.architecture)
     parameters = sum(math.prod(tensor.shape) for tensor in plan)
@@ -83,6 +83,12 @@ def export(checkpoint_path: str | Path, out_file: str | Path, type: str = "f16",
         expanded=expanded(stored, names, form, rounds=row.rounds),
         stock=not any(tensor.name.endswith(OURS) for tensor in plan),
     )
+
+
+def _without_pivots(checkpoint: Checkpoint, form: Form, names: Names, rounds: bool) -> Checkpoint:
+    if form.kind != "hybrid":
+        return checkpoint
+    return plain(checkpoint, lambda module, row: made_plain(row, bool(names.permuted_heads(module)), rounds))
 
 
 def _write(writer: gguf.GGUFWriter, plan: list[Tensor], path: Path) -> None:

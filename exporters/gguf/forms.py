@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -22,7 +22,6 @@ from sola_edge.checkpoint import Checkpoint
 from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.layers import recompose
-from sola_edge.plain import plain_layout, plain_parts
 
 Kind = Literal["dense", "narrow", "hybrid"]
 WHOLE = "weight"
@@ -101,16 +100,29 @@ def form_metadata(values: dict[str, Value], checkpoint: Checkpoint, form: Form) 
     return renamed
 
 
-def expands(form: Form, layout: MatrixLayout, reordered: bool) -> bool:
-    """Whether a matrix is written in a larger form than the checkpoint has it in: ggml gathers no channels.
+def made_plain(layout: MatrixLayout, reordered: bool, rounds: bool) -> bool:
+    """Whether a matrix of a hybrid file is written without its pivots.
 
-    `reordered`: GGUF has the rows of this matrix in another order, which rows that lie in several tensors cannot follow.
+    ggml gathers no channels; what is rounded in pivot rows counts many times. `reordered`: GGUF has the rows of this matrix
+    in another order, which rows that lie in several tensors cannot follow.
     """
-    return form.kind == "hybrid" and (layout.gather or (reordered and (layout.pivot or layout.prime > 0)))
+    return layout.gather or (layout.pivot and (reordered or rounds))
+
+
+def expands(form: Form, layout: MatrixLayout, reordered: bool, rounds: bool) -> bool:
+    """Whether a matrix is written in a larger form than the checkpoint has it in: plain factors, or whole."""
+    return form.kind == "hybrid" and (made_plain(layout, reordered, rounds) or _made_whole(layout, reordered))
+
+
+def _made_whole(layout: MatrixLayout, reordered: bool) -> bool:
+    return reordered and layout.prime > 0
 
 
 def parts(checkpoint: Checkpoint, module: str, form: Form, reordered: bool) -> Iterator[Part]:
-    """The tensors that the module's changed matrix becomes, without its bias. Reads no weights."""
+    """The tensors that the module's changed matrix becomes, without its bias. Reads no weights.
+
+    What is `made_plain` is so already, see sola_edge/plain.py.
+    """
     layout = checkpoint.layout[module]
     whole, own = (layout.n_out, layout.n_in), _dense_shape(checkpoint, module)
 
@@ -120,16 +132,12 @@ def parts(checkpoint: Checkpoint, module: str, form: Form, reordered: bool) -> I
     if form.kind == "dense":
         yield Part(WHOLE, own, lambda: _padded(multiplied_out(), own), True)
         return
-    stored = _plain(layout, reordered) if expands(form, layout, reordered) else layout
-    if stored.rank == 0:
+    if layout.rank == 0 or _made_whole(layout, reordered):
         suffix = WHOLE if form.kind == "narrow" or whole == own else SUFFIXES[WHOLE]
         yield Part(suffix, whole, multiplied_out, True)
         return
-    for name, shape in stored.shapes.items():
-        read = partial(checkpoint.tensor, f"{module}.{name}")
-        if name in ("A", "B") and stored != layout:
-            read = partial(_made_plain, checkpoint, module, layout, name)
-        yield Part(SUFFIXES[name], shape, read, name == "B")
+    for name, shape in layout.shapes.items():
+        yield Part(SUFFIXES[name], shape, partial(checkpoint.tensor, f"{module}.{name}"), name == "B")
 
 
 def bias(checkpoint: Checkpoint, name: str, form: Form) -> tuple[tuple[int, ...], Callable[[], torch.Tensor]]:
@@ -151,14 +159,3 @@ def _padded(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Zeros after the last row and column: neurons that compute nothing."""
     missing = [size - have for size, have in zip(shape, values.shape, strict=True)]
     return F.pad(values, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else values
-
-
-def _plain(layout: MatrixLayout, reordered: bool) -> MatrixLayout:
-    """The smallest layout of the same matrix that GGUF can hold: plain factors, or whole."""
-    plain = plain_layout(layout)
-    return replace(plain, rank=0, prime=0) if reordered and layout.prime else plain
-
-
-def _made_plain(checkpoint: Checkpoint, module: str, layout: MatrixLayout, name: str) -> torch.Tensor:
-    stored = {part: checkpoint.tensor(f"{module}.{part}") for part in layout.shapes}
-    return plain_parts(layout, stored)[name]

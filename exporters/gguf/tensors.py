@@ -50,18 +50,12 @@ def tensors(checkpoint: Checkpoint, names: Names, row: TypeRow, form: Form) -> I
 
 
 def expanded(checkpoint: Checkpoint, names: Names, form: Form, rounds: bool) -> tuple[str, ...]:
-    """GGUF names of the matrices that are larger in the file than in the checkpoint.
-
-    ggml gathers no channels, and pivots are not kept where values are rounded to few bits.
-    """
-    found = (
-        (
-            module,
-            expands(form, row, bool(names.permuted_heads(module))) or (rounds and row.pivot and form.kind == "hybrid"),
-        )
+    """GGUF names of the matrices that are larger in the file than in the checkpoint; see forms.expands."""
+    return tuple(
+        names.base(module)
         for module, row in checkpoint.layout.items()
+        if expands(form, row, bool(names.permuted_heads(module)), rounds)
     )
-    return tuple(names.base(module) for module, is_expanded in found if is_expanded)
 
 
 def _module(

@@ -129,7 +129,7 @@ class Decoder:
                                present key, value
         """
         q, k, v = self._qkv(layer, x)
-        if self.names.head_norms and k is not None:  # which are never packed
+        if self.names.head_norms and k is not None:  # never None here, for the type checker
             q_norm, k_norm = (f"{self.names.layer.format(layer)}.{norm}" for norm in self.names.head_norms)
             q, k = self._head_norm(q_norm, q), self._head_norm(k_norm, k)
         o = self.names.module(layer, "o")

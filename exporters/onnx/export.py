@@ -1,7 +1,8 @@
 """Writes a checkpoint as an ONNX folder that onnxruntime, onnxruntime-genai and optimum open.
 
-model.onnx holds the graph, model.onnx.data every weight, written one tensor at a time: the peak is the largest tensor,
-twice while it is transposed. The folder appears whole or not at all.
+model.onnx holds the graph, model.onnx.data every weight, written one after the other: the peak is a few times the largest
+stack of matrices that share an input; of pivoted models that are quantized, the matrices of one layer besides. The folder
+appears whole or not at all.
 """
 
 import hashlib
@@ -48,14 +49,14 @@ def export(
     """
     dialect, stored = _choose("graph", graph, GRAPHS), weights(precision, quantization)
     if stored.quantized and not dialect.blocks:
-        raise UserError(f"the {graph} graph has no operator for weights in blocks; give --graph genai for {precision}")
+        raise UserError(f"the {graph} graph is not written with weights in blocks; give --graph genai for {precision}")
     folder = Path(out_dir)
     check_folder_target(folder, MARKER)
     checkpoint = open_checkpoint(checkpoint_path)
     check_supported(checkpoint, "ONNX")
     check_graph(checkpoint, graph)
-    provenance = _provenance(checkpoint) | {"precision": precision}
-    if stored.matrices:
+    provenance = _provenance(checkpoint) | stored.described()
+    if stored.quantized:
         checkpoint = plain(checkpoint)
     builder = GraphBuilder(stored.precision, dialect.opsets)
     Decoder(checkpoint, builder, dialect, stored).build()

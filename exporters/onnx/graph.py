@@ -173,8 +173,10 @@ def _stored(tensor: torch.Tensor, precision: Precision, name: str) -> torch.Tens
     found = tensor.to(precision.torch)
     if found.is_floating_point():
         bad = int((~found.isfinite()).sum())
+        if bad and not tensor.isfinite().all():
+            raise UserError(f"{bad} values of {name} are not finite; the checkpoint is damaged")
         if bad:
-            raise UserError(f"{bad} values of {name} are not finite in {precision.name}; give --precision fp32")
+            raise UserError(f"{bad} values of {name} are beyond the range of {precision.name}; give --precision fp32")
     return found
 
 

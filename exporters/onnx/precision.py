@@ -1,5 +1,6 @@
 """What weights are stored in: one row per precision of the command line, and the choices that quantized ones leave."""
 
+import json
 from dataclasses import asdict, dataclass, replace
 
 import onnx_ir as ir
@@ -58,8 +59,16 @@ class Weights:
 
     @property
     def quantized(self) -> bool:
-        """Whether anything is stored in blocks."""
-        return bool(self.matrices or self.head)
+        """Whether matrices are stored in blocks."""
+        return self.matrices is not None
+
+    def described(self) -> dict[str, str]:
+        """For a file's metadata: the precision, and of what blocks matrices and head are (a tied one's may be smaller)."""
+        found = {"precision": self.precision.name}
+        for name, blocks in (("matrices", self.matrices), ("head", self.head)):
+            if blocks:
+                found[name] = json.dumps(asdict(blocks))
+        return found
 
     def products(self, graph: GraphBuilder) -> Products:
         """What makes the products of a graph's matrices."""
@@ -69,12 +78,13 @@ class Weights:
 def weights(name: str, asked: Quantization | None) -> Weights:
     """Raises UserError for an unknown precision, and for choices about blocks where there are none."""
     row = precision(name)
-    if not row.bits and asked not in (None, Quantization()):
-        raise UserError(f"precision {name} has no blocks to choose; leave their options out, or give int8 or int4")
     choices = asked or Quantization()
+    if not row.bits and choices != Quantization():
+        raise UserError(f"precision {name} has no blocks or other head to choose; leave that out, or give int8 or int4")
     head = precision(choices.head) if choices.head else row
-    if not head.bits and head.onnx != row.onnx:
-        raise UserError(f"a head in {head.name} does not go with {name}; give {', '.join(PRECISIONS)}")
+    if head.onnx != row.onnx:
+        known = ", ".join(other.name for other in PRECISIONS.values() if other.onnx == row.onnx)
+        raise UserError(f"a head in {head.name} does not go with {name}; give {known}")
     return Weights(row, choices.blocks(row.bits), choices.blocks(head.bits))
 
 
