@@ -21,6 +21,7 @@ import exporters.onnx
 import sola_edge  # noqa: F401  (transformers loads compressed checkpoints)
 from exporters.result import ExportResult
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
+from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.testing import tiny_checkpoint
 
@@ -46,9 +47,18 @@ CASES: dict[str, dict[str, Any]] = {
     "only-up-factored": {"compressed": True, "dense_components": ("gate", "down")},
     "only-down-factored": {"compressed": True, "dense_components": ("gate", "up")},
 }
+# Which no method makes, and the checkpoint allows: gate and up split on their inputs, down on its outputs.
+UNUSUAL: Layouts = {
+    (1, "q"): MatrixLayout(64, 64, 16, 24, "in"),
+    (1, "gate"): MatrixLayout(160, 64, 16, 24, "in"),
+    (2, "gate"): gate(160, 40, 16),
+    (2, "up"): gate(160, 40, 16),
+    (2, "down"): MatrixLayout(64, 160, 8, 16, "out"),
+}
 LAYOUTS: dict[str, tuple[Layouts, dict[str, Any]]] = {
     "every-layout": (MIXED, {}),
     "every-layout-biased": (MIXED, {"bias": True, "tied": False}),
+    "unusual-splits": (UNUSUAL, {}),
     "narrow": (NARROW, {}),
     "equally-narrow": (EQUALLY_NARROW, {"model_type": "mistral", "sliding_window": None}),
 }

@@ -45,8 +45,8 @@ class Linears:
                       x[p:] ── low rank ───────────── Add ── y
         """
         layout = self.checkpoint.layout.get(module)
-        if layout is None or not layout.prime or layout.split == "out":
-            return self.shared((module,), self.join(x, module))[0]
+        if layout is None or not self._splits_input(module):
+            return self.shared((module,), self.join(x, f"{module}/input"))[0]
         prime, marginal = self.cut(x, (layout.prime, layout.n_in - layout.prime), module)
         kept = self._product(f"{module}.prime", prime)
         rest = self._outer(module, layout, self._product(f"{module}.A", marginal))
@@ -59,6 +59,8 @@ class Linears:
                                             ├─ MatMul k's B ── k
                                             └─ v
         """
+        if any(map(self._splits_input, modules)):
+            return [self.pieces(module, (x,)) for module in modules]
         inner = {module: self._inner_names(module) for module in modules}
         values = iter(self._stacked([name for names in inner.values() for name in names], x))
         found = []
@@ -88,6 +90,10 @@ class Linears:
         """Whether the matrix is stored in factors."""
         layout = self.checkpoint.layout.get(module)
         return layout is not None and layout.rank > 0
+
+    def _splits_input(self, module: str) -> bool:
+        layout = self.checkpoint.layout.get(module)
+        return layout is not None and layout.prime > 0 and layout.split == "in"
 
     def _biases(self, rows: Sequence[tuple[str | None, int]]) -> torch.Tensor:
         return torch.cat([self.checkpoint.tensor(name) if name else torch.zeros(width) for name, width in rows])
