@@ -1,10 +1,14 @@
 """Which models each exporter has been proved on: those whose exported logits a test compares with PyTorch's."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sola_edge.architecture import ARCHITECTURES, FULL, SLIDING, head_dim
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,10 @@ def check_graph(checkpoint: Checkpoint, graph: str) -> None:
         f"{checkpoint.path}: attention heads of {channels} channels cannot be exported to the {graph} graph "
         f"(its attention rotates multiples of {HEAD_MULTIPLES[graph]} only){instead}"
     )
+
+
+def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """The row of a name in a table of the ONNX export's graphs or precisions. Raises UserError for an unknown one."""
+    if name not in table:
+        raise UserError(f"{kind} {name!r} is not available for ONNX; choose from: {', '.join(table)}")
+    return table[name]

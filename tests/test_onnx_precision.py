@@ -2,18 +2,17 @@
 
 import json
 import sys
-import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import MIXED, NARROW, Layouts, checkpoint_with
+from test_onnx import Runner, empty_cache, session_of
 from test_onnx_graphs import MODELS, checkpoint_of, reference
 
 import exporters.onnx
@@ -73,17 +72,6 @@ def test_blocks_that_can_be_looked_up() -> None:
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
-def run(path: Path) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    inputs = {"input_ids": TOKENS.numpy(), "attention_mask": np.ones(TOKENS.shape, np.int64)}
-    for value in session.get_inputs():
-        if value.name.startswith("past"):
-            inputs[value.name] = np.zeros((len(TOKENS), value.shape[1], 0, value.shape[3]), np.float32)
-    return session.run(["logits"], inputs)[0]
-
-
 def rounded_logits(
     source: Path, folder: Path, matrices: Blocks, head: Blocks | None, monkeypatch: pytest.MonkeyPatch
 ) -> np.ndarray:
@@ -107,7 +95,7 @@ def rounded_logits(
         patch.setattr(
             sys.modules["exporters.onnx.export"], "open_checkpoint", lambda path: plain(open_checkpoint(path))
         )
-        return run(exporters.onnx.export(source, folder).path)
+        return Runner(exporters.onnx.export(source, folder).path, 2)(TOKENS)
 
 
 CASES: dict[str, tuple[Layouts | None, dict[str, Any]]] = {
@@ -141,7 +129,7 @@ def test_a_quantized_graph_computes_what_its_blocks_stand_for(
     head = lookup_blocks(made.head, 64) if tied and made.head else made.head
     expected = rounded_logits(source, tmp_path / "rounded", made.matrices, head, monkeypatch)
     result = exporters.onnx.export(source, tmp_path / "onnx", precision=precision, quantization=quantization)
-    found = run(result.path)
+    found = Runner(result.path, 2)(TOKENS)
     assert np.abs(found - expected).max() <= TOLERANCE * expected.std()
     onnx.checker.check_model(str(result.path), full_check=True)
 
@@ -206,26 +194,9 @@ def test_genai_generates_with_blocks(tmp_path: Path) -> None:
     parameters.set_search_options(max_length=32, min_length=32, do_sample=False)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(TOKENS[:1].numpy().astype(np.int32))
-    expected = run(result.path)[0, -1].argmax()
+    expected = Runner(result.path, 2)(TOKENS)[0, -1].argmax()
     generator.generate_next_token()
     assert generator.get_sequence(0)[TOKENS.shape[1]] == expected
-
-
-def test_one_stack_of_matrices_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True, layers=3, tied=False)
-    read, alive, most = Checkpoint.tensor, list[weakref.ref[torch.Tensor]](), 0
-
-    def counted(self: Checkpoint, name: str) -> torch.Tensor:
-        nonlocal most
-        most = max(most, sum(reference() is not None for reference in alive))
-        tensor = read(self, name)
-        alive.append(weakref.ref(tensor))
-        return tensor
-
-    monkeypatch.setattr(Checkpoint, "tensor", counted)
-    exporters.onnx.export(source, tmp_path / "onnx", precision="int8")
-    assert len(alive) == len(open_checkpoint(source).names())  # none is read or quantized twice
-    assert most <= 3  # q, k and v on their way into one stack
 
 
 @pytest.mark.parametrize(
@@ -247,17 +218,6 @@ def test_impossible_choices_are_refused(precision: str, choices: dict[str, Any],
 # --- fp16 ------------------------------------------------------------------------------------------------------------
 
 
-def half_logits(path: Path) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    inputs = {"input_ids": TOKENS.numpy(), "attention_mask": np.ones(TOKENS.shape, np.int64)}
-    for value in session.get_inputs():
-        if value.name.startswith("past"):
-            inputs[value.name] = np.zeros((len(TOKENS), value.shape[1], 0, value.shape[3]), np.float16)
-    return session.run(["logits"], inputs)[0].astype(np.float32)
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("graph", exporters.onnx.GRAPHS)
 def test_fp16_is_fp32_but_for_rounding(name: str, graph: str, tmp_path: Path) -> None:
@@ -265,7 +225,7 @@ def test_fp16_is_fp32_but_for_rounding(name: str, graph: str, tmp_path: Path) ->
     result = exporters.onnx.export(source, tmp_path / "onnx", graph=graph, precision="fp16")
     with torch.no_grad():
         expected = reference(source)(TOKENS).logits.numpy()
-    error = half_logits(result.path) - expected
+    error = Runner(result.path, 2)(TOKENS).astype(np.float32) - expected
     assert np.sqrt((error**2).mean()) <= 0.02 * expected.std()
     onnx.checker.check_model(str(result.path), full_check=True)
 
@@ -293,13 +253,8 @@ def hidden_states(path: Path) -> np.ndarray:
     model = onnx.load(path)
     last = next(node for node in reversed(model.graph.node) if "model.norm" in node.name)
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(last.output[0]))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    inputs = {"input_ids": TOKENS.numpy(), "attention_mask": np.ones(TOKENS.shape, np.int64)}
-    for value in session.get_inputs():
-        if value.name.startswith("past"):
-            inputs[value.name] = np.zeros((len(TOKENS), value.shape[1], 0, value.shape[3]), np.float16)
+    session = session_of(model.SerializeToString())
+    inputs = {"input_ids": TOKENS.numpy(), "attention_mask": np.ones(TOKENS.shape, np.int64), **empty_cache(session, 2)}
     return session.run([last.output[0]], inputs)[0].astype(np.float32)
 
 

@@ -7,7 +7,7 @@ shaped as onnxruntime-genai and optimum expect. What architectures differ in is 
 import onnx_ir as ir
 import torch
 
-from exporters.onnx.dialect import Dialect, Heads, Kind
+from exporters.onnx.dialect import QKV, Dialect, Heads, KeyValue, Kind
 from exporters.onnx.graph import FP32, GraphBuilder, Precision, hidden, width
 from exporters.onnx.linear import Linears, Pieces
 from exporters.onnx.precision import Weights
@@ -90,18 +90,18 @@ class Decoder:
     def _add_and_norm(self, module: str, stream: ir.Value, added: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """(normalized, stream) of stream + added by RMSNorm; the first norm has nothing to add."""
         if added is None:
-            return self.graph.cast(self._norm(module, stream), self.graph.precision, module), stream
+            return self.graph.cast(self._norm(module, stream), self.graph.precision.onnx, module), stream
         weight, epsilon = self._norm_weight(module, self.stream), float(self.config.rms_norm_eps)
-        last, added = module == self.names.final_norm, self.graph.cast(added, self.stream, f"{module}/added")
+        last, added = module == self.names.final_norm, self.graph.cast(added, self.stream.onnx, f"{module}/added")
         x, stream = self.dialect.skip_norm(stream, added, weight, epsilon, module, last=last)
-        return self.graph.cast(x, self.graph.precision, module), stream
+        return self.graph.cast(x, self.graph.precision.onnx, module), stream
 
     def _post_norm(self, layer: int, place: int, x: ir.Value) -> ir.Value:
         """What attention (place 0) or FFN (1) gives, normalized where the architecture has it so."""
         if not self.names.post_norms:
             return x
         module = f"{self.names.layer.format(layer)}.{self.names.extra_norms[place]}"
-        return self._norm(module, self.graph.cast(x, self.stream, f"{module}/input"))
+        return self._norm(module, self.graph.cast(x, self.stream.onnx, f"{module}/input"))
 
     def _norm(self, module: str, x: ir.Value, precision: Precision | None = None) -> ir.Value:
         """Of x in the stream's precision unless another is given."""
@@ -117,9 +117,7 @@ class Decoder:
         stored = self.checkpoint.tensor(name)
         return stored.float() + 1 if self.names.unit_norms else stored
 
-    def _attention(
-        self, layer: int, x: ir.Value, past: tuple[ir.Value, ir.Value]
-    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    def _attention(self, layer: int, x: ir.Value, past: KeyValue) -> tuple[ir.Value, KeyValue]:
         """(output, (present key, present value)).
 
         x ─┬─ q ─ (norm) ─┐       past key, value
@@ -128,16 +126,12 @@ class Decoder:
                                        │
                                present key, value
         """
-        q, k, v = self._qkv(layer, x)
-        if self.names.head_norms and k is not None:  # never None here, for the type checker
-            q_norm, k_norm = (f"{self.names.layer.format(layer)}.{norm}" for norm in self.names.head_norms)
-            q, k = self._head_norm(q_norm, q), self._head_norm(k_norm, k)
         o = self.names.module(layer, "o")
-        attended, present = self.dialect.attention((q, k, v), past, self.kinds[layer], o.rsplit(".", 1)[0])
+        attended, present = self.dialect.attention(self._qkv(layer, x), past, self.kinds[layer], o.rsplit(".", 1)[0])
         return self.linear(o, (attended,)), present
 
-    def _qkv(self, layer: int, x: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-        """q, k and v; or all three side by side in the first where the dialect's attention takes them so."""
+    def _qkv(self, layer: int, x: ir.Value) -> QKV:
+        """q, k (normalized by head where the architecture has it so) and v; packed where the dialect takes them so."""
         modules = [self.names.module(layer, part) for part in "qkv"]
         if self.dialect.packs and not self.names.head_norms:
             together = self.linear.packed(modules, x)
@@ -145,6 +139,9 @@ class Decoder:
                 return together, None, None
         pieces = self.linear.shared(modules, x)
         q, k, v = (self.linear.join(found, module) for module, found in zip(modules, pieces, strict=True))
+        if self.names.head_norms:
+            q_norm, k_norm = (f"{self.names.layer.format(layer)}.{norm}" for norm in self.names.head_norms)
+            q, k = self._head_norm(q_norm, q), self._head_norm(k_norm, k)
         return q, k, v
 
     def _head_norm(self, module: str, x: ir.Value) -> ir.Value:

@@ -18,6 +18,10 @@ INT64 = ir.DataType.INT64
 NEW: tuple[Dimension, ...] = ("batch_size", "sequence_length")
 ALL: tuple[Dimension, ...] = ("batch_size", "total_sequence_length")
 _END = 2**63 - 1  # of a slice
+KeyValue = tuple[ir.Value, ir.Value]  # of one layer's cache
+QKV = tuple[
+    ir.Value, ir.Value | None, ir.Value | None
+]  # or all three side by side in the first, for dialects that pack
 
 
 @dataclass(frozen=True)
@@ -81,17 +85,8 @@ class Dialect(ABC):
         """(RMSNorm of stream + added, stream + added); nobody reads the sum after the `last` one."""
 
     @abstractmethod
-    def attention(
-        self,
-        qkv: tuple[ir.Value, ir.Value | None, ir.Value | None],
-        past: tuple[ir.Value, ir.Value],
-        kind: str,
-        module: str,
-    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
-        """(attended, (present key, present value)); the queries and keys that come in are not rotated yet.
-
-        qkv: with None for k and v where the first has all three, which only dialects that pack are given.
-        """
+    def attention(self, qkv: QKV, past: KeyValue, kind: str, module: str) -> tuple[ir.Value, KeyValue]:
+        """(attended, (present key, present value)); the queries and keys that come in are not rotated yet."""
 
     @abstractmethod
     def tied_head(self, x: ir.Value, embedding: ir.Value, module: str) -> ir.Value:

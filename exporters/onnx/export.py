@@ -22,7 +22,7 @@ from exporters.onnx.graph import GraphBuilder
 from exporters.onnx.portable import Portable
 from exporters.onnx.precision import Quantization, weights
 from exporters.result import ExportResult
-from exporters.support import check_graph, check_supported
+from exporters.support import check_graph, check_supported, choose
 from sola_edge import __version__
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
@@ -47,7 +47,7 @@ def export(
     The result's `path` is model.onnx. Raises UserError for an unknown graph or precision, choices that do not go with it,
     a checkpoint that cannot be read or expressed, and an `out_dir` that holds anything but an earlier export.
     """
-    dialect, stored = _choose("graph", graph, GRAPHS), weights(precision, quantization)
+    dialect, stored = choose("graph", graph, GRAPHS), weights(precision, quantization)
     if stored.quantized and not dialect.blocks:
         raise UserError(f"the {graph} graph is not written with weights in blocks; give --graph genai for {precision}")
     folder = Path(out_dir)
@@ -70,12 +70,6 @@ def export(
         _save(model, partial)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
     return ExportResult(folder / MODEL, files, size_of(folder))
-
-
-def _choose(kind: str, name: str, table: dict[str, Any]) -> Any:
-    if name not in table:
-        raise UserError(f"{kind} {name!r} is not available for ONNX; choose from: {', '.join(table)}")
-    return table[name]
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, str]:

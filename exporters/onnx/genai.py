@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from exporters.onnx.dialect import INT64, NEW, Dialect, Kind
+from exporters.onnx.dialect import INT64, NEW, QKV, Dialect, KeyValue, Kind
 from exporters.onnx.graph import MICROSOFT, Opsets, hidden, shape_of, type_of, width
 
 FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
@@ -95,15 +95,12 @@ class GenAI(Dialect):
         """
         op, dtype, shape = self.graph.op, type_of(x), shape_of(x)
         single = (*shape[:-1], 1)
-        if dtype != FLOAT:
-            x = op("Cast", [x], f"{module}/fp32", shape, dtype=FLOAT, to=FLOAT.value)
+        x = self.graph.cast(x, FLOAT, f"{module}/fp32")
         square = op("Pow", [x, self.graph.constant(2.0, FLOAT)], module, shape, dtype=FLOAT)
         mean = op("ReduceMean", [square, self.graph.constant([-1])], module, single, dtype=FLOAT, keepdims=1)
         shifted = op("Add", [mean, self.graph.constant(epsilon, FLOAT)], module, single, dtype=FLOAT)
         root = op("Sqrt", [shifted], module, single, dtype=FLOAT)
-        normal = op("Div", [x, root], module, shape, dtype=FLOAT)
-        if dtype != FLOAT:
-            normal = op("Cast", [normal], module, shape, dtype=dtype, to=dtype.value)
+        normal = self.graph.cast(op("Div", [x, root], module, shape, dtype=FLOAT), dtype, module)
         return op("Mul", [normal, weight], module, shape, dtype=dtype)
 
     def skip_norm(
@@ -121,13 +118,7 @@ class GenAI(Dialect):
         )
         return made[0], made[-1]
 
-    def attention(
-        self,
-        qkv: tuple[ir.Value, ir.Value | None, ir.Value | None],
-        past: tuple[ir.Value, ir.Value],
-        kind: str,
-        module: str,
-    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    def attention(self, qkv: QKV, past: KeyValue, kind: str, module: str) -> tuple[ir.Value, KeyValue]:
         """Grouped-query attention with rotation inside the operator.
 
         q ─┐       past key, value

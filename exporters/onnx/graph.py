@@ -111,11 +111,11 @@ class GraphBuilder:
         output = (f"{module}/{operator}/output", dtype or self.precision.onnx, shape)
         return self.op_outputs(operator, inputs, module, [output], domain=domain, **attributes)[0]
 
-    def cast(self, value: ir.Value, precision: Precision, module: str) -> ir.Value:
-        """The value in that precision; itself where it has it."""
-        if value.dtype == precision.onnx:
+    def cast(self, value: ir.Value, dtype: ir.DataType, module: str) -> ir.Value:
+        """The value in that type; itself where it has it."""
+        if value.dtype == dtype:
             return value
-        return self.op("Cast", [value], module, shape_of(value), dtype=precision.onnx, to=precision.onnx.value)
+        return self.op("Cast", [value], module, shape_of(value), dtype=dtype, to=dtype.value)
 
     def op_outputs(
         self,

@@ -155,11 +155,7 @@ class Linears:
 
     def _product(self, name: str, x: ir.Value) -> ir.Value:
         """x Wᵀ for a stored W."""
-        return self.products(name.removesuffix(".weight"), x, self._stored(name))
-
-    def _stored(self, name: str) -> Matrix:
-        n_out, n_in = self.checkpoint.shape(name)
-        return Matrix(name, n_out, n_in, partial(self.checkpoint.tensor, name))
+        return self.products(name.removesuffix(".weight"), x, Matrix.of(self.checkpoint, name))
 
     def _add_bias(self, module: str, products: Pieces) -> Pieces:
         """Each piece plus its share of the bias, which is stored cut the same way."""

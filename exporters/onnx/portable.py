@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporters.onnx.dialect import ALL, INT64, NEW, Dialect, Kind
+from exporters.onnx.dialect import ALL, INT64, NEW, QKV, Dialect, KeyValue, Kind
 from exporters.onnx.graph import FP32, Dimension, Opsets, hidden, shape_of, type_of, width
 from exporters.onnx.rope import RotaryTables
 
@@ -80,10 +80,10 @@ class Portable(Dialect):
 
     def _scaled(self, wave: ir.Value, scaling: float, module: str) -> ir.Value:
         """The wave times the scaling, in the graph's precision."""
-        dtype, shape = self.graph.precision.onnx, (*NEW, width(wave))
+        shape = (*NEW, width(wave))
         if scaling != 1.0:
             wave = self.graph.op("Mul", [wave, self.graph.constant(scaling, FLOAT)], module, shape, dtype=FLOAT)
-        return wave if dtype == FLOAT else self.graph.op("Cast", [wave], module, shape, to=dtype.value)
+        return self.graph.cast(wave, self.graph.precision.onnx, module)
 
     def _visible(self, queries: ir.Value, keys: ir.Value, window: int, kind: str) -> ir.Value:
         """Which keys each query attends to, bool (batch_size, 1, sequence_length, total_sequence_length).
@@ -114,13 +114,7 @@ class Portable(Dialect):
         total = self.graph.op("Add", [stream, added], module, hidden(width(stream)), dtype=type_of(stream))
         return self.norm(total, weight, epsilon, module), total
 
-    def attention(
-        self,
-        qkv: tuple[ir.Value, ir.Value | None, ir.Value | None],
-        past: tuple[ir.Value, ir.Value],
-        kind: str,
-        module: str,
-    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    def attention(self, qkv: QKV, past: KeyValue, kind: str, module: str) -> tuple[ir.Value, KeyValue]:
         """Grouped-query attention under an explicit mask.
 
         q ── RotaryEmbedding ─┐       past key, value

@@ -9,6 +9,7 @@ import torch
 from exporters.onnx.blocks import Blocks
 from exporters.onnx.graph import FP32, GraphBuilder, Precision
 from exporters.onnx.products import BlockProducts, Products, WholeProducts
+from exporters.support import choose
 from sola_edge.errors import UserError
 
 PRECISIONS = {
@@ -77,19 +78,12 @@ class Weights:
 
 def weights(name: str, asked: Quantization | None) -> Weights:
     """Raises UserError for an unknown precision, and for choices about blocks where there are none."""
-    row = precision(name)
+    row = choose("precision", name, PRECISIONS)
     choices = asked or Quantization()
     if not row.bits and choices != Quantization():
         raise UserError(f"precision {name} has no blocks or other head to choose; leave that out, or give int8 or int4")
-    head = precision(choices.head) if choices.head else row
+    head = choose("precision", choices.head, PRECISIONS) if choices.head else row
     if head.onnx != row.onnx:
         known = ", ".join(other.name for other in PRECISIONS.values() if other.onnx == row.onnx)
         raise UserError(f"a head in {head.name} does not go with {name}; give {known}")
     return Weights(row, choices.blocks(row.bits), choices.blocks(head.bits))
-
-
-def precision(name: str) -> Precision:
-    """The row of a name. Raises UserError for an unknown one."""
-    if name not in PRECISIONS:
-        raise UserError(f"precision {name!r} is not available for ONNX; choose from: {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]

@@ -10,6 +10,7 @@ import torch
 
 from exporters.onnx.blocks import Blocks, quantized
 from exporters.onnx.graph import BYTES, MICROSOFT, GraphBuilder, hidden
+from sola_edge.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,12 @@ class Matrix:
     n_out: int
     n_in: int
     load: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, name: str) -> "Matrix":
+        """A tensor of a checkpoint."""
+        n_out, n_in = checkpoint.shape(name)
+        return cls(name, n_out, n_in, partial(checkpoint.tensor, name))
 
 
 class Products(Protocol):

@@ -44,7 +44,7 @@ class Vocabulary:
             embedded = self._looked_up(ids, module)
         else:
             embedded = self.graph.op("Gather", [self._whole(module), ids], module, shape, axis=0)
-        embedded = self.graph.cast(embedded, self.stream, module)
+        embedded = self.graph.cast(embedded, self.stream.onnx, module)
         if not self.names.scaled_embedding:
             return embedded
         scale = self.graph.constant(self.hidden**0.5, self.stream.onnx)
@@ -67,10 +67,10 @@ class Vocabulary:
     def _product(self, x: ir.Value, module: str) -> ir.Value:
         stored = self.names.embedding if self.checkpoint.tied else module
         if self.products:
-            return self.products(module, x, self._matrix(stored))
+            return self.products(module, x, Matrix.of(self.checkpoint, f"{stored}.weight"))
         if self.checkpoint.tied:
             return self.dialect.tied_head(x, self._whole(stored), module)
-        return WholeProducts(self.graph)(module, x, self._matrix(stored))
+        return WholeProducts(self.graph)(module, x, Matrix.of(self.checkpoint, f"{stored}.weight"))
 
     def _number(self, value: float) -> ir.Value:
         return self.graph.constant(value, self.graph.precision.onnx)
@@ -79,11 +79,6 @@ class Vocabulary:
         name = f"{module}.weight"
         return self.graph.weight(name, self.checkpoint.shape(name), partial(self.checkpoint.tensor, name))
 
-    def _matrix(self, module: str) -> Matrix:
-        name = f"{module}.weight"
-        n_out, n_in = self.checkpoint.shape(name)
-        return Matrix(name, n_out, n_in, partial(self.checkpoint.tensor, name))
-
     def _looked_up(self, ids: ir.Value, module: str) -> ir.Value:
         """Rows of the head's blocks (vocabulary, blocks, bytes), made whole where they are looked up.
 
@@ -91,7 +86,7 @@ class Vocabulary:
         """
         assert self.products is not None
         blocks = self.products.blocks
-        stored = self.products.stored(self._matrix(module))
+        stored = self.products.stored(Matrix.of(self.checkpoint, f"{module}.weight"))
         vocabulary, count = blocks.shapes(self.checkpoint.config.vocab_size, self.hidden)["scales"]
         inputs = [stored["values"], ids]
         for part in ("scales", "zeros"):
