@@ -153,7 +153,7 @@ def export_onnx(
         typer.Option(help="genai: ONNX Runtime's own operators. portable: the ONNX standard's alone, opset 23."),
     ] = "genai",
     precision: Annotated[
-        str, typer.Option(help="fp32; fp16 for GPUs; int8: near fp32; int4: small and fast.")
+        str, typer.Option(help="fp32; fp16 or bf16 for GPUs; int8: near fp32; int4: small and fast.")
     ] = "fp32",
     block: Annotated[
         int | None, typer.Option(help="Input channels that share a scale: 16 to 256; less for a tied head.")
@@ -166,15 +166,24 @@ def export_onnx(
         typer.Option("--int8-activations/--fp32-activations", help="Multiply in integers (faster) or in fp32."),
     ] = None,
     head: Annotated[str | None, typer.Option(help="The head's own precision, and a tied embedding's.")] = None,
+    rounding: Annotated[
+        str,
+        typer.Option(help="Of blocks. nearest: at once. gptq: by what a text makes of the inputs; minutes, nearer."),
+    ] = "nearest",
+    calibration: Annotated[str | None, typer.Option(help="The text of gptq: as of `compress`.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Its windows of 2,048 tokens to use, at most; default: 16.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write an ONNX folder: model.onnx, its weights, genai_config.json, tokenizer.
 
     Example: sola-edge export onnx build/small build/small-onnx --precision int8
     """
-    from exporters.onnx import Quantization, export
+    from exporters.onnx import Quantization, export, rounding_text
 
-    quantization = Quantization(block, symmetric, int8_activations, head)
+    text = rounding_text(rounding, calibration, windows)
+    quantization = Quantization(block, symmetric, int8_activations, head, text)
     result = export(checkpoint, out, graph=graph, precision=precision, quantization=quantization)
     _print({"path": str(result.path), "bytes": result.bytes, "files": len(result.files)}, "exported", as_json)
 

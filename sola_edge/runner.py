@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from sola_edge.architecture import attention_implementation
+from sola_edge.architecture import COMPONENTS, attention_implementation
 from sola_edge.checkpoint import Checkpoint
-from sola_edge.layers import unfuse_linears
+from sola_edge.layers import empty_linear, unfuse_linears
 
 HEAD_TOKENS = 512  # positions whose logits are in memory at once
 
 
 class LayerRunner:
-    """One decoder layer of a checkpoint at a time, in float32, and what comes before and after them.
+    """One decoder layer of a checkpoint, dense or compressed, at a time, in float32, and what comes before and after them.
 
     `layer` is transformers' module of the layer that was loaded last; its weights need no gradient.
     """
@@ -31,6 +31,7 @@ class LayerRunner:
         self.device = torch.device(device)
         self.layer: Any = None
         self._models: dict[str, Any] = {}
+        self._linears: dict[str, dict[str, nn.Module]] = {}  # the dense modules of a kind of layer, by component
         self._calls: dict[tuple[str, int], Any] = {}
         self._kind = ""
 
@@ -49,9 +50,20 @@ class LayerRunner:
             self.layer.to("meta")  # another model's, whose weights would stay in memory
         self._kind = kind
         self.layer = self._model(self._kind).layers[0]
+        self._place_linears(layer)
         found = self.weights(layer) if weights is None else weights
-        self.layer.load_state_dict({k: v.float().to(self.device) for k, v in found.items()}, assign=True)
+        values = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+        self.layer.load_state_dict({k: v.to(self.device) for k, v in values.items()}, assign=True)
         self.layer.requires_grad_(False)
+
+    def _place_linears(self, layer: int) -> None:
+        """The modules that hold the matrices of that layer: the model class's own, or those that a layout asks for."""
+        row = self.checkpoint.architecture
+        for component, own in self._linears[self._kind].items():
+            layout = self.checkpoint.layout.get(row.module(layer, component))
+            with torch.device("meta"):
+                linear = own if layout is None else empty_linear(layout, own.bias is not None)
+            self.layer.set_submodule(getattr(row, component), linear)
 
     def weights(self, layer: int) -> dict[str, torch.Tensor]:
         """All tensors of a decoder layer, by their names within it."""
@@ -124,6 +136,8 @@ class LayerRunner:
             model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
             unfuse_linears(model.layers[0], self.checkpoint.architecture.fused_rows(config))
             self._models[kind] = model.to(self.device)
+            row = self.checkpoint.architecture
+            self._linears[kind] = {c: model.layers[0].get_submodule(getattr(row, c)) for c in COMPONENTS}
         return self._models[kind]
 
     def _caught(self, kind: str, embedded: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:

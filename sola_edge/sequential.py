@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sola_edge.activations import Activations
-from sola_edge.calibration import INPUT_OF, PROBE, STAGES, Gram
+from sola_edge.calibration import PROBE, STAGES, Gram
 from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.journal import Journal
@@ -141,8 +141,7 @@ class _LayerPass:
         self._runner.load(self._view.number)
         with torch.no_grad():
             self._original()
-            with self._restoring():
-                return self._compressed()
+            return self._compressed()
 
     def _original(self) -> None:
         """The original layer's stage inputs and its residual stream between attention and FFN, to disk."""
@@ -219,17 +218,6 @@ class _LayerPass:
         placed = {name: part.to(self._runner.device) for name, part in stored(parts, torch.float32).items()}
         linear.load_state_dict(placed, assign=True)
         self._runner.layer.set_submodule(getattr(self._row, component), linear.requires_grad_(False))
-
-    @contextlib.contextmanager
-    def _restoring(self) -> Iterator[None]:
-        """Put the layer's own linear modules back when the block ends: the next layer's weights go into them."""
-        layer = self._runner.layer
-        own = {c: layer.get_submodule(getattr(self._row, c)) for c in INPUT_OF}
-        try:
-            yield
-        finally:
-            for component, module in own.items():
-                layer.set_submodule(getattr(self._row, component), module)
 
     def _attention(self, window: int) -> torch.Tensor:
         norm = self._runner.layer.get_submodule(self._row.attention_norm)

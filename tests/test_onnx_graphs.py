@@ -221,6 +221,52 @@ def test_genai_generates_what_pytorch_does(exported: tuple[Any, ExportResult]) -
     assert list(finished(made).get_sequence(0)) == greedy(model, TOKENS[0, :16], 24)
 
 
+def test_genai_samples_what_the_distribution_has(tmp_path: Path) -> None:
+    """Sampled next tokens over many rows: their shares are the probabilities of PyTorch's logits, within what chance allows.
+
+    Four of the kept tokens' standard errors, over those with at least a hundredth of the mass.
+    """
+    genai = pytest.importorskip("onnxruntime_genai")
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=2)
+    result = exporters.onnx.export(source, tmp_path / "onnx")
+    prompt, rows, kept = TOKENS[:1, :12], 32, 8
+    with torch.no_grad():
+        top = reference(source)(prompt).logits[0, -1].topk(kept)
+    p = dict(zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True))
+    counts = dict.fromkeys(p, 0)
+    for seed in range(32):
+        parameters = genai.GeneratorParams(genai.Model(str(result.path.parent)))
+        sampled = {"do_sample": True, "top_k": kept, "top_p": 1.0, "temperature": 1.0, "random_seed": seed}
+        parameters.set_search_options(max_length=16, batch_size=rows, **sampled)
+        made = genai.Generator(genai.Model(str(result.path.parent)), parameters)
+        made.append_tokens(prompt.repeat(rows, 1).numpy().astype(np.int32))
+        made.generate_next_token()
+        for row in range(rows):
+            counts[int(made.get_sequence(row)[-1])] += 1
+    total = sum(counts.values())
+    assert total == 32 * rows
+    for token, share in p.items():
+        error = (share * (1 - share) / total) ** 0.5
+        assert share < 0.01 or abs(counts[token] / total - share) <= 4 * error
+
+
+def test_genai_samples_the_same_with_the_same_seed(tmp_path: Path) -> None:
+    source = checkpoint_with(tmp_path / "checkpoint", MIXED)
+    result = exporters.onnx.export(source, tmp_path / "onnx")
+
+    def text(seed: int) -> list[int]:
+        genai = pytest.importorskip("onnxruntime_genai")
+        model = genai.Model(str(result.path.parent))
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=48, min_length=48, do_sample=True, top_p=0.9, random_seed=seed)
+        made = genai.Generator(model, parameters)
+        made.append_tokens(TOKENS[:1, :12].numpy().astype(np.int32))
+        return list(finished(made).get_sequence(0))
+
+    first = text(1)
+    assert first == text(1) and first != text(2) and first[:12] == TOKENS[0, :12].tolist()
+
+
 def test_genai_generates_a_padded_batch(exported: tuple[Any, ExportResult]) -> None:
     """Padded on the right: onnxruntime-genai masks pad tokens at the end of a prompt, and takes those before it for text."""
     model, result = exported

@@ -134,6 +134,21 @@ def test_a_quantized_graph_computes_what_its_blocks_stand_for(
     onnx.checker.check_model(str(result.path), full_check=True)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_blocks_of_every_architecture(
+    name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint_of(tmp_path / "checkpoint", f"{name}, compressed")
+    choices = Quantization(int8_activations=False)
+    made, tied = exporters.onnx.precision.weights(precision, choices), open_checkpoint(source).tied
+    assert made.matrices is not None
+    head = lookup_blocks(made.matrices, 64) if tied else made.head
+    expected = rounded_logits(source, tmp_path / "rounded", made.matrices, head, monkeypatch)
+    result = exporters.onnx.export(source, tmp_path / "onnx", precision=precision, quantization=choices)
+    assert np.abs(Runner(result.path, 2)(TOKENS) - expected).max() <= TOLERANCE * expected.std()
+
+
 def test_the_data_file_holds_the_blocks_once(tmp_path: Path) -> None:
     """A tied embedding is the head's own blocks; norms and tables are fp32."""
     source = tiny_checkpoint(tmp_path / "checkpoint", layers=2)
@@ -256,6 +271,50 @@ def hidden_states(path: Path) -> np.ndarray:
     session = session_of(model.SerializeToString())
     inputs = {"input_ids": TOKENS.numpy(), "attention_mask": np.ones(TOKENS.shape, np.int64), **empty_cache(session, 2)}
     return session.run([last.output[0]], inputs)[0].astype(np.float32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("graph", exporters.onnx.GRAPHS)
+def test_bf16_is_fp32_but_for_rounding(name: str, graph: str, tmp_path: Path) -> None:
+    """No runtime computes bf16 on a CPU, so the file's own values are run as fp32, against PyTorch's with weights in bf16.
+
+    What is left is the rotary tables, which the genai graph has in bf16, and norms that multiply by 1 + w.
+    """
+    source = checkpoint_of(tmp_path / "checkpoint", f"{name}, compressed")
+    result = exporters.onnx.export(source, tmp_path / "onnx", graph=graph, precision="bf16")
+    onnx.checker.check_model(str(result.path), full_check=True)
+    model = onnx.load(result.path)
+    types = {row.name: row.type.tensor_type.elem_type for row in (*model.graph.input, *model.graph.output)}
+    assert types["logits"] == onnx.TensorProto.FLOAT  # as onnxruntime-genai's own builder gives them out
+    assert types["present.0.key"] == types["past_key_values.0.key"] == onnx.TensorProto.BFLOAT16
+    widened(model)
+    (tmp_path / "wide.onnx").write_bytes(model.SerializeToString())
+    pytorch = reference(source)
+    with torch.no_grad():
+        for weight in pytorch.parameters():
+            weight.copy_(weight.bfloat16())
+        expected = pytorch(TOKENS).logits.numpy()
+    error = Runner(tmp_path / "wide.onnx", 2)(TOKENS) - expected
+    assert np.sqrt((error**2).mean()) <= {"genai": 0.03, "portable": 0.002}[graph] * expected.std()
+
+
+def widened(model: onnx.ModelProto) -> None:
+    """Every bfloat16 of a model as float32, in place."""
+    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    tensors = [*model.graph.initializer]
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == narrow:
+                attribute.i = wide
+            if attribute.HasField("t"):
+                tensors.append(attribute.t)
+    for tensor in tensors:
+        if tensor.data_type == narrow:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for row in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if row.type.tensor_type.elem_type == narrow:
+            row.type.tensor_type.elem_type = wide
 
 
 def test_a_weight_beyond_fp16_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """ONNX: `export` writes a checkpoint as a folder for onnxruntime, onnxruntime-genai and optimum."""
 
 from exporters.onnx.export import GRAPHS, export
+from exporters.onnx.grams import Text, rounding_text
 from exporters.onnx.precision import PRECISIONS, Quantization
 
-__all__ = ["GRAPHS", "PRECISIONS", "Quantization", "export"]
+__all__ = ["GRAPHS", "PRECISIONS", "Quantization", "Text", "export", "rounding_text"]

@@ -75,15 +75,23 @@ def quantized(weight: torch.Tensor, blocks: Blocks) -> Quantized:
 def dequantized(found: Quantized, blocks: Blocks, n_in: int) -> npt.NDArray[np.float32]:
     """The W (n_out, n_in) that blocks stand for."""
     n_out, count = found.scales.shape
-    values = _unpacked(found.values.reshape(n_out, -1), blocks.bits).reshape(n_out, count, blocks.size)
+    values = unpacked(found.values.reshape(n_out, -1), blocks.bits).reshape(n_out, count, blocks.size)
     middle = np.full((n_out, count), 2 ** (blocks.bits - 1))
-    zeros = middle if found.zeros is None else _unpacked(found.zeros, blocks.bits)[:, :count]
+    zeros = middle if found.zeros is None else unpacked(found.zeros, blocks.bits)[:, :count]
     exact = (values.astype(np.float32) - zeros[:, :, None]) * found.scales[:, :, None]
     return exact.reshape(n_out, -1)[:, :n_in].astype(np.float32)
 
 
-def _unpacked(packed: Bytes, bits: int) -> Bytes:
+def unpacked(stored: Bytes, bits: int) -> Bytes:
     """Rows of small integers out of bytes, two 4-bit ones from each, the low half first."""
     if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+        return stored
+    return np.stack([stored & 15, stored >> 4], axis=-1).reshape(len(stored), -1)
+
+
+def packed(values: Bytes, bits: int) -> Bytes:
+    """Small integers (…, n) as bytes (…, ⌈n bits / 8⌉), as `unpacked` reads them."""
+    if bits == 8:
+        return values
+    even = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, values.shape[-1] % 2)])
+    return np.bitwise_or(even[..., 0::2], even[..., 1::2] << 4, dtype=np.uint8)

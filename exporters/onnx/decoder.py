@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx.dialect import QKV, Dialect, Heads, KeyValue, Kind
+from exporters.onnx.grams import Grams
 from exporters.onnx.graph import FP32, GraphBuilder, Precision, hidden, width
 from exporters.onnx.linear import Linears, Pieces
 from exporters.onnx.precision import Weights
@@ -31,12 +32,19 @@ INT64 = ir.DataType.INT64
 class Decoder:
     """Builds the graph of one checkpoint in the operators of one dialect."""
 
-    def __init__(self, checkpoint: Checkpoint, graph: GraphBuilder, dialect: type[Dialect], weights: Weights) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        graph: GraphBuilder,
+        dialect: type[Dialect],
+        weights: Weights,
+        grams: Grams | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.names = checkpoint.architecture
         self.graph = graph
-        self.linear = Linears(graph, checkpoint, weights.products(graph))
+        self.linear = Linears(graph, checkpoint, weights.products(graph, grams))
         self.kinds = attention_kinds(self.config)
         self.heads = Heads(
             query=self.config.num_attention_heads,
@@ -74,7 +82,10 @@ class Decoder:
             added = self._post_norm(i, 1, self._ffn(i, x))
             presents.append(present)
         x, _ = self._add_and_norm(self.names.final_norm, stream, added)
-        self.graph.output(self.vocabulary.head(self.dialect.end(x)), "logits")
+        logits = self.vocabulary.head(self.dialect.end(x))
+        if self.graph.precision.wide_logits:
+            logits = self.graph.cast(logits, FP32.onnx, "logits")
+        self.graph.output(logits, "logits")
         for i, (key, value) in enumerate(presents):
             self.graph.output(key, f"present.{i}.key")
             self.graph.output(value, f"present.{i}.value")

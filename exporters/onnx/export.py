@@ -18,6 +18,7 @@ from exporters.onnx.decoder import Decoder
 from exporters.onnx.dialect import Dialect
 from exporters.onnx.genai import GenAI
 from exporters.onnx.genai_config import write_companions
+from exporters.onnx.grams import Grams
 from exporters.onnx.graph import GraphBuilder
 from exporters.onnx.portable import Portable
 from exporters.onnx.precision import Quantization, weights
@@ -56,10 +57,12 @@ def export(
     check_supported(checkpoint, "ONNX")
     check_graph(checkpoint, graph)
     provenance = _provenance(checkpoint) | stored.described()
+    source = checkpoint
     if stored.quantized:
-        checkpoint = plain(checkpoint)
+        checkpoint = plain(source)
+    grams = Grams(checkpoint, source, stored.text) if stored.text else None
     builder = GraphBuilder(stored.precision, dialect.opsets)
-    Decoder(checkpoint, builder, dialect, stored).build()
+    Decoder(checkpoint, builder, dialect, stored, grams).build()
     metadata = {
         key: content if isinstance(content, str) else json.dumps(content) for key, content in provenance.items()
     }

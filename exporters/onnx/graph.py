@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 
 from sola_edge.errors import UserError
 
@@ -31,13 +32,15 @@ class Opsets:
 class Precision:
     """How weights and activations are stored: a name for the command line, the ONNX type and torch's.
 
-    bits: of the weights of matrices where they are quantized in blocks, 0 where they have the type of the rest.
+    bits: of the weights of matrices where they are quantized in blocks, 0 where they have the type of the rest. wide_logits:
+    whether logits are given out in fp32.
     """
 
     name: str
     onnx: ir.DataType
     torch: torch.dtype
     bits: int = 0
+    wide_logits: bool = False
 
 
 FP32 = Precision("fp32", ir.DataType.FLOAT, torch.float32)
@@ -79,7 +82,7 @@ class GraphBuilder:
             dtype = precision or self.precision
 
             def evaluate() -> ir.TensorProtocol:
-                return ir.Tensor(_stored(load(), dtype, name).contiguous().numpy(), name=name)
+                return TorchTensor(_stored(load(), dtype, name).contiguous(), name=name)
 
             value = ir.Value(name=name, type=ir.TensorType(dtype.onnx), shape=ir.Shape(shape))
             value.const_value = ir.LazyTensor(evaluate, dtype=dtype.onnx, shape=ir.Shape(shape), name=name)

@@ -116,7 +116,8 @@ class Linears:
         """Several tensors, one below the other, under a name such as `model.layers.3.mlp.gate_proj.A+up_proj.A`."""
         short = [name.removesuffix(".weight") for name in names]
         rows = sum(self.checkpoint.shape(name)[0] for name in names)
-        return Matrix(stack_name(short), rows, self.checkpoint.shape(names[0])[1], partial(self._rows_of, tuple(names)))
+        tensors, n_in = tuple(names), self.checkpoint.shape(names[0])[1]
+        return Matrix(stack_name(short), rows, n_in, partial(self._rows_of, tensors), tensors)
 
     def _rows_of(self, names: Sequence[str]) -> torch.Tensor:
         return torch.cat([self.checkpoint.tensor(name) for name in names])

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx.blocks import Blocks
+from exporters.onnx.grams import Grams, Text
 from exporters.onnx.graph import FP32, GraphBuilder, Precision
 from exporters.onnx.products import BlockProducts, Products, WholeProducts
 from exporters.support import choose
@@ -17,6 +18,7 @@ PRECISIONS = {
     for row in (
         FP32,
         Precision("fp16", ir.DataType.FLOAT16, torch.float16),
+        Precision("bf16", ir.DataType.BFLOAT16, torch.bfloat16, wide_logits=True),
         Precision("int8", ir.DataType.FLOAT, torch.float32, bits=8),
         Precision("int4", ir.DataType.FLOAT, torch.float32, bits=4),
     )
@@ -34,19 +36,21 @@ DEFAULTS = {
 class Quantization:
     """Of int8 and int4, see blocks.Blocks; None: what is the default there.
 
-    head: the precision of the head and a tied embedding, None for that of the rest.
+    head: the precision of the head and a tied embedding, None for that of the rest. text: what is rounded with (gptq.py), the
+    head aside; None rounds to the nearest levels.
     """
 
     size: int | None = None
     symmetric: bool | None = None
     int8_activations: bool | None = None
     head: str | None = None
+    text: Text | None = None
 
     def blocks(self, bits: int) -> Blocks | None:
         """Of weights of that many bits, None for 0. Raises UserError for a size that the runtime does not know."""
         if not bits:
             return None
-        given = {k: v for k, v in asdict(self).items() if v is not None and k != "head"}
+        given = {k: getattr(self, k) for k in ("size", "symmetric", "int8_activations") if getattr(self, k) is not None}
         return replace(DEFAULTS[bits], **given)
 
 
@@ -57,6 +61,7 @@ class Weights:
     precision: Precision
     matrices: Blocks | None
     head: Blocks | None
+    text: Text | None = None
 
     @property
     def quantized(self) -> bool:
@@ -69,11 +74,13 @@ class Weights:
         for name, blocks in (("matrices", self.matrices), ("head", self.head)):
             if blocks:
                 found[name] = json.dumps(asdict(blocks))
+        if self.text:
+            found["rounding"] = json.dumps({"method": "gptq", **asdict(self.text)})
         return found
 
-    def products(self, graph: GraphBuilder) -> Products:
+    def products(self, graph: GraphBuilder, grams: Grams | None = None) -> Products:
         """What makes the products of a graph's matrices."""
-        return BlockProducts(graph, self.matrices) if self.matrices else WholeProducts(graph)
+        return BlockProducts(graph, self.matrices, grams) if self.matrices else WholeProducts(graph)
 
 
 def weights(name: str, asked: Quantization | None) -> Weights:
@@ -86,4 +93,4 @@ def weights(name: str, asked: Quantization | None) -> Weights:
     if head.onnx != row.onnx:
         known = ", ".join(other.name for other in PRECISIONS.values() if other.onnx == row.onnx)
         raise UserError(f"a head in {head.name} does not go with {name}; give {known}")
-    return Weights(row, choices.blocks(row.bits), choices.blocks(head.bits))
+    return Weights(row, choices.blocks(row.bits), choices.blocks(head.bits), choices.text)

@@ -8,25 +8,28 @@ from typing import Any, Protocol
 import onnx_ir as ir
 import torch
 
-from exporters.onnx.blocks import Blocks, quantized
+from exporters.onnx.blocks import Blocks, Quantized, quantized
+from exporters.onnx.gptq import calibrated
+from exporters.onnx.grams import Grams
 from exporters.onnx.graph import BYTES, MICROSOFT, GraphBuilder, hidden
 from sola_edge.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """W (n_out, n_in) by the name of its tensor; `load` reads it."""
+    """W (n_out, n_in): the tensors whose rows stand one below the other in it, and how it is read."""
 
     name: str
     n_out: int
     n_in: int
     load: Callable[[], torch.Tensor]
+    tensors: tuple[str, ...]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, name: str) -> "Matrix":
         """A tensor of a checkpoint."""
         n_out, n_in = checkpoint.shape(name)
-        return cls(name, n_out, n_in, partial(checkpoint.tensor, name))
+        return cls(name, n_out, n_in, partial(checkpoint.tensor, name), (name,))
 
 
 class Products(Protocol):
@@ -49,11 +52,15 @@ class WholeProducts:
 
 
 class BlockProducts:
-    """MatMulNBits; W's blocks are stored as `W.values`, `W.scales` and, unless symmetric, `W.zeros`."""
+    """MatMulNBits; W's blocks are stored as `W.values`, `W.scales` and, unless symmetric, `W.zeros`.
 
-    def __init__(self, graph: GraphBuilder, blocks: Blocks) -> None:
+    grams: of the matrices' inputs, for gptq's rounding; None rounds to the nearest levels.
+    """
+
+    def __init__(self, graph: GraphBuilder, blocks: Blocks, grams: Grams | None = None) -> None:
         self.graph = graph
         self.blocks = blocks
+        self.grams = grams
         self._last: tuple[str, Any] = ("", None)
 
     def __call__(self, module: str, x: ir.Value, matrix: Matrix) -> ir.Value:
@@ -83,5 +90,11 @@ class BlockProducts:
     def _part(self, matrix: Matrix, part: str) -> torch.Tensor:
         """The parts of a matrix are written one after the other: the last matrix that was quantized is kept for that."""
         if self._last[0] != matrix.name:
-            self._last = (matrix.name, quantized(matrix.load(), self.blocks))
+            self._last = (matrix.name, self._rounded(matrix))
         return self._last[1].part(part)
+
+    def _rounded(self, matrix: Matrix) -> Quantized:
+        """Tensors in one stack have the same input."""
+        if self.grams is None:
+            return quantized(matrix.load(), self.blocks)
+        return calibrated(matrix.load(), self.blocks, self.grams.of(matrix.tensors[0]))
