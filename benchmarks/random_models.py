@@ -1,6 +1,6 @@
 """Random llama models of any shape, dense or compressed by a plausible plan: for speed and memory, which do not ask for sense.
 
-Weights are written one tensor at a time in bfloat16, from a fixed seed; nobody holds a model.
+Weights are written one tensor at a time in float16, from a fixed seed; nobody holds a model.
 
 dense     the shape as it is
 hybrid    q and o low-rank, FFN of 7/8 of the neurons, half of them prime, the others low-rank; plain factors
@@ -58,7 +58,7 @@ class Shape:
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=2,
-            dtype="bfloat16",
+            dtype="float16",
         )
 
     def matrix(self, component: str) -> tuple[int, int]:
@@ -177,10 +177,10 @@ def write_model(folder: Path, shape: Shape, layouts: Layouts) -> Path:
         writer = CheckpointWriter(unfinished)
         for name in (row.embedding, row.head):
             writer.add(f"{name}.weight", _weight((shape.vocab, shape.hidden), random))
-        writer.add(f"{row.final_norm}.weight", torch.ones(shape.hidden, dtype=torch.bfloat16))
+        writer.add(f"{row.final_norm}.weight", torch.ones(shape.hidden, dtype=torch.float16))
         for i in range(shape.layers):
             for norm in row.hidden_norms:
-                writer.add(f"{row.layer.format(i)}.{norm}.weight", torch.ones(shape.hidden, dtype=torch.bfloat16))
+                writer.add(f"{row.layer.format(i)}.{norm}.weight", torch.ones(shape.hidden, dtype=torch.float16))
             for component in (*ATTENTION, *FFN):
                 layout = layouts.get((i, component))
                 parts = layout.shapes if layout else {"weight": shape.matrix(component)}
@@ -194,7 +194,7 @@ def write_model(folder: Path, shape: Shape, layouts: Layouts) -> Path:
 
 def _weight(size: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
     """Normal values that keep the size of activations."""
-    return (torch.randn(size, generator=random) / size[-1] ** 0.5).to(torch.bfloat16)
+    return (torch.randn(size, generator=random) / size[-1] ** 0.5).to(torch.float16)
 
 
 def _order(rows: int, random: torch.Generator) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 Every matrix has a grid of ranks (multiples of its alignment). All start at a retained energy of 99.9 %; the step down that
 loses least energy per weight of the matrix is taken, never one that loses more than a clamp (0.1 %, relaxed by 0.02 % when no
-step passes) or starts below a floor of 90 %, until the budget is met. Then, as the authors do, the ranks are collapsed to one
-per component type. What that rounds away is settled afterwards: whole components, then single matrices, move by one grid step
-while that brings the parameter count nearer to the budget.
+step passes) or starts below a floor of 90 %, until the budget is met. Where the floor keeps it from being met, there is none,
+from the start: else matrices with a steep spectrum (q, k) would fall to the floor before the others may go below it. Then, as
+the authors do, the ranks are collapsed to one per component type. What that rounds away is settled afterwards: whole
+components, then single matrices, move by one grid step while that brings the parameter count nearer to the budget.
 """
 
 from collections import defaultdict
@@ -15,7 +16,7 @@ import numpy as np
 
 from sola_edge.config import RATE_TOLERANCE, MatrixLayout, Split
 
-START, FLOOR, FLOOR_RELAXATION = 0.999, 0.90, 0.05
+START, FLOOR = 0.999, 0.90
 CLAMP, CLAMP_RELAXATION = 0.001, 0.0002
 MOVED_AT_ONCE = 4  # matrices, where fewer cannot meet the budget
 
@@ -61,7 +62,8 @@ class MatrixSpectrum:
 
 def greedy_ranks(spectra: Sequence[MatrixSpectrum], budget: int) -> list[int]:
     """A rank for each matrix (0: left dense) such that about `budget` parameters are removed in all."""
-    ranks = _descend(spectra, budget)
+    ranks = _descend(spectra, budget, FLOOR) or _descend(spectra, budget, 0.0)
+    assert ranks is not None  # without a floor it ends at the smallest ranks, which the caller has checked
     ranks = _collapse(spectra, ranks)
     for groups in (_components(spectra), [[i] for i in range(len(spectra))]):
         ranks = _settle(spectra, ranks, budget, groups)
@@ -83,17 +85,17 @@ def most_removable(spectra: Sequence[MatrixSpectrum]) -> int:
     return sum(s.removed(s.grid[0]) for s in spectra)
 
 
-def _descend(spectra: Sequence[MatrixSpectrum], budget: int) -> list[int]:
+def _descend(spectra: Sequence[MatrixSpectrum], budget: int, floor: float) -> list[int] | None:
+    """Ranks that remove the budget, None where a floor above 0 keeps them from it."""
     at = [_start(s) for s in spectra]
-    clamp, floor = CLAMP, FLOOR
+    clamp = CLAMP
     removed = sum(s.removed(s.grid[i]) for s, i in zip(spectra, at, strict=True))
     while removed < budget:
         movable = [(*step, n) for n, s in enumerate(spectra) if (step := _step(s, at[n], floor)) is not None]
         if not movable:
-            if all(i == 0 for i in at):
-                break
-            floor -= FLOOR_RELAXATION
-            continue
+            if floor > 0:
+                return None
+            break
         allowed = [move for move in movable if move[1] <= clamp]
         if not allowed:
             clamp += CLAMP_RELAXATION

@@ -4,10 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
+import onnx_export
 import pytest
 from genai_builder import BuilderError, build
 from onnx_speed import Load, Models, Row, Spread, against_builder, against_dense, parse, run
-from random_models import KINDS, Shape, achieved_rate, layouts_of
+from random_models import KINDS, Shape, achieved_rate, layouts_of, write_model
 from rich.console import Console
 
 from runtime_checks import check_parity
@@ -105,3 +106,23 @@ def test_reached_looks_at_the_right_side() -> None:
     assert ratio == Spread(1.0, 0.9, 1.1, (0.9, 1.1, 1.0))
     for test, wanted, reached in (("tg8", 0.98, True), ("tg8", 1.2, False), ("peak", 0.98, False), ("peak", 1.2, True)):
         assert Row("a", "b", "fp32", test, ratio=ratio, wanted=wanted).reached is reached
+
+
+def test_an_export_beside_a_copy(tmp_path: Path) -> None:
+    """In a process of its own; nothing is left but the checkpoint."""
+    checkpoint = write_model(tmp_path / "checkpoint", TINY, {})
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    found = onnx_export.measure(checkpoint, scratch, "fp16")
+    assert found["bytes"] > 0 and found["exported_bytes"] >= 2 * TINY.parameters()
+    assert found["export"] > 0 and len(found["copies"]) == 2 and found["peak"] > 1e7
+    assert not list(scratch.iterdir())
+    console = Console(width=100, record=True)
+    onnx_export.print_found(found, console)
+    assert "resident peak" in console.export_text()
+
+
+def test_a_failed_export_is_one_line(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "checkpoint", TINY, {})
+    with pytest.raises(UserError, match=r"the export failed: .*fp12"):
+        onnx_export.export(checkpoint, tmp_path / "onnx", "fp12")

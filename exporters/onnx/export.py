@@ -1,6 +1,6 @@
 """Writes a checkpoint as an ONNX folder that onnxruntime, onnxruntime-genai and optimum open.
 
-model.onnx holds the graph, model.onnx.data every weight, written one after the other: the peak is a few times the largest
+model.onnx holds the graph, model.onnx.data every weight, two at a time: the peak is a few times the largest
 stack of matrices that share an input; of pivoted models that are quantized, the matrices of one layer besides. The folder
 appears whole or not at all.
 """
@@ -32,6 +32,7 @@ from sola_edge.plain import plain
 from sola_edge.progress import track
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+WORKERS, IN_FLIGHT = 2, 2**29  # one tensor is read and turned while another is written, of so many bytes in all
 MARKER = "sola-edge.json"  # provenance; tells an earlier export of ours from anybody's model
 GRAPHS: dict[str, type[Dialect]] = {"genai": GenAI, "portable": Portable}
 
@@ -70,7 +71,8 @@ def export(
     with replace_folder(folder) as partial:
         (partial / MARKER).write_text(json.dumps(provenance, indent=2) + "\n")
         write_companions(checkpoint, partial, MODEL, provenance, shared_cache=dialect.shared_cache)
-        _save(model, partial)
+        # the parts of a quantized matrix are made together, and wait for each other
+        _save(model, partial, workers=1 if stored.quantized else WORKERS)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
     return ExportResult(folder / MODEL, files, size_of(folder))
 
@@ -86,11 +88,19 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
     return rows
 
 
-def _save(model: ir.Model, folder: Path) -> None:
+def _save(model: ir.Model, folder: Path, workers: int) -> None:
     """Stream every initializer to one external-data file; constants stay in the graph."""
     with _bar(len(model.graph.initializers), "writing ONNX weights") as advance:
         try:
-            ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=0, callback=advance)
+            ir.save(
+                model,
+                folder / MODEL,
+                external_data=DATA,
+                size_threshold_bytes=0,
+                callback=advance,
+                max_workers=workers,
+                max_in_flight_bytes=IN_FLIGHT,
+            )
         except OSError as error:  # the disk is full, for example
             raise UserError(f"cannot write {DATA}: {error.strerror or error}; choose another output") from error
 

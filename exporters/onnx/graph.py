@@ -72,9 +72,15 @@ class GraphBuilder:
         self.outputs.append(value)
 
     def weight(
-        self, name: str, shape: Sequence[int], load: Callable[[], torch.Tensor], precision: Precision | None = None
+        self,
+        name: str,
+        shape: Sequence[int],
+        load: Callable[[], torch.Tensor],
+        precision: Precision | None = None,
+        *,
+        transposed: bool = False,
     ) -> ir.Value:
-        """An initializer; `load` returns a tensor of that shape and is called only while the file is written.
+        """An initializer; `load` returns a tensor of that shape, or `transposed` of it, and is called while it is written.
 
         It is stored in the graph's own precision unless another is given. A name that exists already is shared.
         """
@@ -82,7 +88,8 @@ class GraphBuilder:
             dtype = precision or self.precision
 
             def evaluate() -> ir.TensorProtocol:
-                return TorchTensor(_stored(load(), dtype, name).contiguous(), name=name)
+                stored = _stored(load(), dtype, name)  # reads it from first to last value, as disks like it
+                return TorchTensor((stored.T if transposed else stored).contiguous(), name=name)
 
             value = ir.Value(name=name, type=ir.TensorType(dtype.onnx), shape=ir.Shape(shape))
             value.const_value = ir.LazyTensor(evaluate, dtype=dtype.onnx, shape=ir.Shape(shape), name=name)
@@ -174,12 +181,12 @@ class GraphBuilder:
 def _stored(tensor: torch.Tensor, precision: Precision, name: str) -> torch.Tensor:
     """The tensor in that precision. Raises UserError where a value outgrows it."""
     found = tensor.to(precision.torch)
-    if found.is_floating_point():
-        bad = int((~found.isfinite()).sum())
-        if bad and not tensor.isfinite().all():
+    if found.is_floating_point() and found.numel() and not torch.stack(found.aminmax()).isfinite().all():
+        if not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
             raise UserError(f"{bad} values of {name} are not finite; the checkpoint is damaged")
-        if bad:
-            raise UserError(f"{bad} values of {name} are beyond the range of {precision.name}; give --precision fp32")
+        bad = int((~found.isfinite()).sum())
+        raise UserError(f"{bad} values of {name} are beyond the range of {precision.name}; give --precision fp32")
     return found
 
 

@@ -47,7 +47,7 @@ class WholeProducts:
     def __call__(self, module: str, x: ir.Value, matrix: Matrix) -> ir.Value:
         """x Wᵀ."""
         shape = (matrix.n_in, matrix.n_out)
-        weight = self.graph.weight(matrix.name, shape, lambda: matrix.load().T)
+        weight = self.graph.weight(matrix.name, shape, matrix.load, transposed=True)
         return self.graph.op("MatMul", [x, weight], module, hidden(matrix.n_out))
 
 
