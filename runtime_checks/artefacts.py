@@ -28,6 +28,7 @@ BYTES_PER_WEIGHT = {
     "q5_0": 22 / 32,
     "q5_1": 24 / 32,
 }
+INTEGERS = 4  # MatMulNBits' accuracy_level that lets a runtime round its inputs to 8 bits
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,18 @@ def _gguf_type(path: Path) -> str:
 
 
 def _onnx_precision(path: Path) -> str:
-    """From the element types of the initializers and the bits of MatMulNBits."""
+    """From the element types of the initializers, and the bits of MatMulNBits: `int8`, or `int8-a8` with activations in 8 bits."""
     import onnx
 
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception as error:  # protobuf's errors differ between its back ends
         raise UserError(f"{path} is truncated or no ONNX model ({type(error).__name__}); export it again") from error
-    bits = Counter(
-        a.i for node in graph.node if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"
-    )
-    if bits:
-        return f"int{bits.most_common(1)[0][0]}"
+    products = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
+    if products:
+        kinds = Counter((made.get("bits", 4), made.get("accuracy_level") == INTEGERS) for made in products)
+        bits, rounded = kinds.most_common(1)[0][0]
+        return f"int{bits}-a8" if rounded else f"int{bits}"
     sizes: Counter[int] = Counter()
     for tensor in graph.initializer:
         count = 1

@@ -15,8 +15,8 @@ from runtime_checks.schema import Parity, Tolerance
 # What each precision may cost against PyTorch fp32 with the same weights: mean KL (nats), top-1 agreement, perplexity
 # change (per cent). Measured on SmolLM2-135M and on it compressed by a fifth: fp32 in ONNX 1e-11; f16 4e-6 and 7e-6;
 # q8_0 4e-3 and 7e-3 with 95 and 94 % top-1 (rounding the weights alone gives 1.3e-3: llama.cpp rounds activations to
-# 8 bits too); ONNX int8 9e-4, and 5e-3 where activations are rounded as well, which the file may ask for. Types of fewer
-# bits: their rows say only that nothing is broken.
+# 8 bits too); ONNX int8 9e-4 with 98 %, and 5e-3 with 94 % where activations are rounded as well (a8). Types of fewer bits:
+# their rows say only that nothing is broken.
 TOLERANCES = {
     "fp32": Tolerance(kl_mean=1e-6, top1=0.999, ppl_change_percent=0.1),
     "f32": Tolerance(kl_mean=1e-6, top1=0.999, ppl_change_percent=0.1),
@@ -24,7 +24,8 @@ TOLERANCES = {
     "f16": Tolerance(kl_mean=1e-4, top1=0.99, ppl_change_percent=0.1),
     "bf16": Tolerance(kl_mean=1e-3, top1=0.97, ppl_change_percent=0.5),
     "q8_0": Tolerance(kl_mean=1e-2, top1=0.93, ppl_change_percent=2.0),
-    "int8": Tolerance(kl_mean=1e-2, top1=0.93, ppl_change_percent=2.0),
+    "int8": Tolerance(kl_mean=3e-3, top1=0.95, ppl_change_percent=1.0),
+    "int8-a8": Tolerance(kl_mean=1e-2, top1=0.93, ppl_change_percent=2.0),
     "q6_k": Tolerance(kl_mean=3e-2, top1=0.9, ppl_change_percent=3.0),
     "q5_k": Tolerance(kl_mean=5e-2, top1=0.85, ppl_change_percent=6.0),
 }

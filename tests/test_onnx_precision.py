@@ -20,6 +20,7 @@ from exporters.onnx import Quantization
 from exporters.onnx.blocks import Blocks, dequantized, quantized
 from exporters.onnx.precision import DEFAULTS
 from exporters.onnx.vocabulary import lookup_blocks
+from runtime_checks.artefacts import open_artefact
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
 from sola_edge.factorize import orthonormal
@@ -189,6 +190,18 @@ def test_parts_of_a_plain_matrix_are_of_one_basis(tmp_path: Path, monkeypatch: p
     assert len(made) == sum(layout.pivot and module.plain_layout(layout).rank > 0 for layout in layouts)
 
 
+@pytest.mark.parametrize("precision", exporters.onnx.PRECISIONS)
+@pytest.mark.parametrize("rounded", [None, True, False])
+def test_checks_see_how_it_is_stored(precision: str, rounded: bool | None, tmp_path: Path) -> None:
+    """In the file, whatever the metadata say; activations in 8 bits have a tolerance of their own."""
+    bits = exporters.onnx.PRECISIONS[precision].bits
+    asked = Quantization(int8_activations=rounded) if bits else None
+    source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
+    result = exporters.onnx.export(source, tmp_path / "onnx", precision=precision, quantization=asked)
+    eight = bits > 0 and (DEFAULTS[bits].int8_activations if rounded is None else rounded)
+    assert open_artefact(result.path.parent).precision == (f"{precision}-a8" if eight else precision)
+
+
 @pytest.mark.parametrize(("choice", "level"), [(None, 4), (True, 4), (False, 1)])
 def test_activations_are_rounded_as_asked(choice: bool | None, level: int, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
@@ -199,11 +212,12 @@ def test_activations_are_rounded_as_asked(choice: bool | None, level: int, tmp_p
     assert len(nodes) == 6 and levels == {level}  # q, k, v are one product
 
 
-def test_genai_generates_with_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_genai_generates_in_every_precision_of_a_cpu(precision: str, tmp_path: Path) -> None:
     """Its first greedy token is that of onnxruntime's logits."""
     genai = pytest.importorskip("onnxruntime_genai")
     source = checkpoint_with(tmp_path / "checkpoint", MIXED)
-    result = exporters.onnx.export(source, tmp_path / "onnx", precision="int8")
+    result = exporters.onnx.export(source, tmp_path / "onnx", precision=precision)
     model = genai.Model(str(result.path.parent))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=32, min_length=32, do_sample=False)
