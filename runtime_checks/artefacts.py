@@ -75,7 +75,7 @@ def _gguf_type(path: Path) -> str:
 
 
 def _onnx_precision(path: Path) -> str:
-    """From the element types of the initializers, and the bits of MatMulNBits: `int8`, or `int8-a8` with activations in 8 bits."""
+    """From the initializers' element types, and the bits of MatMulNBits: `int8`, or `int8-a8` with activations in 8 bits."""
     import onnx
 
     try:
