@@ -192,20 +192,29 @@ def export_onnx(
 def export_gguf(
     checkpoint: Annotated[str, typer.Argument(help="A folder (compressed or dense), a .gguf file, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
-    type: Annotated[str, typer.Option(help="GGUF type of the matrices: f32, f16, bf16, q8_0, …")] = "f16",
+    type: Annotated[str, typer.Option(help="GGUF type of the matrices: f32, f16, bf16, q8_0, …, q4_k_m, …")] = "f16",
     dense: Annotated[bool, typer.Option(help="Multiply the factors out, for any llama.cpp: saves nothing.")] = False,
+    imatrix: Annotated[
+        str | None, typer.Option(help="For K- and I-quants: the text of an importance matrix, as of `compress`.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Its windows of 512 tokens to read, at most; default: 64.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a GGUF file. A hybrid one runs on `sola-edge llama-cpp build`'s llama.cpp.
 
     Example: sola-edge export gguf build/small build/small.gguf --type q8_0
     """
-    from exporters.gguf import export
+    from exporters.gguf import Importance, export
 
-    result = export(checkpoint, out, type=type, dense=dense)
+    if windows is not None and imatrix is None:
+        raise UserError("windows are those of an importance matrix; give --imatrix TEXT too, or leave them out")
+    importance = None if imatrix is None else Importance(imatrix, Importance.windows if windows is None else windows)
+    result = export(checkpoint, out, type=type, dense=dense, importance=importance)
     rows = {"path": str(result.path), "bytes": result.bytes, "tensors": result.type_counts}
     if result.fallbacks:
-        rows["stored_as_f16_because_their_rows_are_no_whole_blocks"] = list(result.fallbacks)
+        rows["stored_otherwise_because_their_rows_are_no_whole_blocks"] = list(result.fallbacks)
     if result.expanded:
         rows["stored_larger_than_in_the_checkpoint"] = list(result.expanded)
     rows["runs_on"] = "any llama.cpp" if result.stock else "the llama.cpp of `sola-edge llama-cpp build`"

@@ -1,23 +1,27 @@
 """Write a checkpoint as one GGUF file, a tensor at a time.
 
 checkpoint → the converter's metadata → form (forms.py) → names, shapes and types of all tensors → header → tensor after
-tensor. Nothing ever holds more than one matrix.
+tensor. Nothing ever holds more than one matrix. Types that llama-quantize rounds to are made so from an F16 file, which is
+written beside the target and removed.
 """
 
 import math
+import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 from gguf.quants import quant_shape_to_byte_shape
 
+from exporters.gguf import llama_quantize
 from exporters.gguf.forms import OURS, Form, choose_form, form_metadata, made_plain
+from exporters.gguf.llama_quantize import Importance
 from exporters.gguf.metadata import add_metadata, converter_metadata
 from exporters.gguf.names import Names
 from exporters.gguf.tensors import Tensor, expanded, tensors
-from exporters.gguf.types import encode, type_row
+from exporters.gguf.types import TYPES, TypeRow, encode, type_row
 from exporters.result import ExportResult
 from exporters.support import check_supported
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
@@ -43,26 +47,66 @@ class GGUFExport(ExportResult):
     stock: bool
 
 
-def export(checkpoint_path: str | Path, out_file: str | Path, type: str = "f16", dense: bool = False) -> GGUFExport:
-    """Write the checkpoint as a GGUF file of the type (a name of `types.TYPES`).
+def export(
+    checkpoint_path: str | Path,
+    out_file: str | Path,
+    type: str = "f16",
+    dense: bool = False,
+    importance: Importance | None = None,
+) -> GGUFExport:
+    """Write the checkpoint as a GGUF file of the type (a name of `types.TYPES` or `llama_quantize.BLOCKS`).
 
     A compressed checkpoint of which only FFNs were made narrower runs on any llama.cpp, and is as small as the checkpoint.
     Any other one needs llama.cpp with our addition, unless it is exported `dense`: factors are multiplied out and dropped
     neurons put back as zeros, which computes the same and saves nothing.
 
-    A tensor whose rows are no whole blocks of the type is stored in F16 and named in the result's `fallbacks`.
-    Raises UserError for an unknown type, a bad checkpoint, a checkpoint without tokenizer, or an unwritable file.
+    A tensor whose rows are no whole blocks of the type is stored in F16, or in what llama-quantize takes instead, and named in
+    the result's `fallbacks`. importance: how K- and I-quants are rounded; they need a build of llama.cpp.
+    Raises UserError for an unknown type, a bad checkpoint, a checkpoint without tokenizer, an unwritable file, and what
+    llama-quantize refuses.
     """
-    row, out = type_row(type), Path(out_file)
+    name, out = type.lower(), Path(out_file)
     check_file_target(out)
+    if name not in llama_quantize.BLOCKS and importance:
+        raise UserError(f"type {name} is not rounded by importance; leave that out, or give one such as q4_k_m")
+    row = None if name in llama_quantize.BLOCKS else type_row(name)
     checkpoint = open_checkpoint(checkpoint_path)
     check_supported(checkpoint, "GGUF")
     if out.resolve() == checkpoint.path.resolve():
         raise UserError(f"{out} is the model itself; give another name for the file to write")
+    if row is None:
+        return _by_llama_quantize(checkpoint, out, name, dense, importance)
+    return _export(checkpoint, out, row, dense, row.rounds)
+
+
+def _by_llama_quantize(
+    checkpoint: Checkpoint, out: Path, name: str, dense: bool, importance: Importance | None
+) -> GGUFExport:
+    """By way of an F16 file, beside the target and as long as that takes."""
+    build = llama_quantize.tools(name)
+    with replace_file(out) as partial, tempfile.TemporaryDirectory(dir=partial.parent, prefix=".sola-edge-") as folder:
+        first = _export(checkpoint, Path(folder) / "model.gguf", TYPES["f16"], dense, rounds=True)
+        llama_quantize.quantize(build, first.path, partial, name, importance)
+        tensors = gguf.GGUFReader(partial).tensors
+        block = llama_quantize.BLOCKS[name]
+        found = replace(
+            first,
+            path=out,
+            files=(out,),
+            bytes=partial.stat().st_size,
+            type_counts=dict(Counter(tensor.tensor_type.name for tensor in tensors)),
+            fallbacks=tuple(t.name for t in tensors if len(t.shape) > 1 and int(t.shape[0]) % block),
+            tensor_bytes=sum(int(tensor.n_bytes) for tensor in tensors),
+        )
+    return found
+
+
+def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, dense: bool, rounds: bool) -> GGUFExport:
+    """rounds: whether the values will be rounded to few bits, here or afterwards, which pivots do not survive."""
     metadata = converter_metadata(checkpoint)
     base = metadata["general.architecture"].value
     form, names = choose_form(checkpoint, base, dense), Names(checkpoint, base)
-    stored, checkpoint = checkpoint, _without_pivots(checkpoint, form, names, row.rounds)
+    stored, checkpoint = checkpoint, _without_pivots(checkpoint, form, names, rounds)
     plan = list(tensors(checkpoint, names, row, form))
     writer = gguf.GGUFWriter(None, form.architecture)
     parameters = sum(math.prod(tensor.shape) for tensor in plan)
@@ -80,7 +124,7 @@ def export(checkpoint_path: str | Path, out_file: str | Path, type: str = "f16",
         type_counts=dict(Counter(tensor.type.name for tensor in plan)),
         fallbacks=tuple(tensor.name for tensor in plan if tensor.fallback),
         tensor_bytes=sum(tensor.bytes for tensor in plan),
-        expanded=expanded(stored, names, form, rounds=row.rounds),
+        expanded=expanded(stored, names, form, rounds=rounds),
         stock=not any(tensor.name.endswith(OURS) for tensor in plan),
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import quantize
 
+from exporters.gguf.llama_quantize import BLOCKS
 from sola_edge.errors import UserError
 
 FALLBACK = GGMLQuantizationType.F16
@@ -48,7 +49,7 @@ def type_row(name: str) -> TypeRow:
     """The row of a type by its name in any case. Raises UserError for an unknown one."""
     row = TYPES.get(name.lower())
     if row is None:
-        raise UserError(f"type {name!r} is unknown; give one of {', '.join(TYPES)}")
+        raise UserError(f"type {name!r} is unknown; give one of {', '.join([*TYPES, *BLOCKS])}")
     return row
 
 

@@ -1,0 +1,90 @@
+"""K- and I-quants: llama.cpp's own tool rounds an F16 file to them, by an importance matrix where one is asked for.
+
+The importance of an input channel is its mean square over a text (llama-imatrix); llama-quantize weighs rounding errors by it.
+"""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporters.llama_cpp import Build, find
+from sola_edge.errors import UserError
+from sola_edge.progress import status
+from sola_edge.texts import DEFAULT_CALIBRATION, load_text
+
+SUPER_BLOCK, BLOCK = 256, 32  # values that share a scale of scales; of iq4_nl, that share a scale
+BLOCKS = {
+    **dict.fromkeys(("q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m"), SUPER_BLOCK),
+    **dict.fromkeys(("q5_k_s", "q5_k_m", "q6_k", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs"), SUPER_BLOCK),
+    **dict.fromkeys(("iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"), SUPER_BLOCK),
+    "iq4_nl": BLOCK,
+}
+"""Type → values in a block, which the rows of a matrix must be whole ones of."""
+WINDOW = 512  # tokens, llama-imatrix's own
+CHARACTERS = 16  # of a token, at most on average: more of a text is not handed over
+
+
+@dataclass(frozen=True)
+class Importance:
+    """The text of an importance matrix, as of `compress --calibration`, and how many of its first windows are read.
+
+    Raises UserError for less than one window.
+    """
+
+    text: str = DEFAULT_CALIBRATION
+    windows: int = 64
+
+    def __post_init__(self) -> None:
+        if self.windows < 1:
+            raise UserError(f"windows {self.windows} is out of range: give at least 1")
+
+
+def tools(type: str) -> Build:
+    """The build whose tools round to that type. Raises UserError where there is none."""
+    build = find()
+    if build is None:
+        raise UserError(f"type {type} is rounded by llama.cpp's own tool; run `sola-edge llama-cpp build` first")
+    return build
+
+
+def quantize(build: Build, model: Path, out: Path, type: str, importance: Importance | None) -> None:
+    """Round the file `model` (F16) to the type (a key of `BLOCKS`) into the file `out`.
+
+    Raises UserError where a tool refuses: a type of very few bits without an importance matrix, a text of less than one window.
+    """
+    with tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
+        matrix: list[str] = []
+        if importance:
+            matrix = ["--imatrix", str(_importance_matrix(build, model, Path(folder), importance))]
+        command = [str(build.tool("llama-quantize")), *matrix, str(model), str(out), type.upper(), str(_threads())]
+        with status(f"llama-quantize to {type}"):
+            _run(command, f"llama-quantize cannot make {type}")
+
+
+def _importance_matrix(build: Build, model: Path, folder: Path, importance: Importance) -> Path:
+    text, found = folder / "text.txt", folder / "imatrix.gguf"
+    text.write_text(load_text(importance.text).joined[: importance.windows * WINDOW * CHARACTERS], encoding="utf-8")
+    command = [str(build.tool("llama-imatrix")), "-m", str(model), "-f", str(text), "-o", str(found), "--no-ppl"]
+    command += ["-c", str(WINDOW), "--chunks", str(importance.windows), "-t", str(_threads()), "-ngl", "0"]
+    with status(f"llama-imatrix on {importance.text}"):
+        _run(command, f"llama-imatrix cannot read {importance.text}")
+    if not found.is_file():
+        raise UserError(
+            f"{importance.text} is too short for an importance matrix: it needs {2 * WINDOW} tokens; give more"
+        )
+    return found
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(command: Sequence[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        told = [line for line in lines if "error" in line.lower() or "failed" in line.lower() or "need" in line.lower()]
+        raise UserError(f"{what}: {(told or lines or [f'exit code {done.returncode}'])[0][:300]}")
