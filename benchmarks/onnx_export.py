@@ -2,13 +2,13 @@
 
     python benchmarks/onnx_export.py            a random model of LLaMA-2-7B's shape in fp16, 13.5 GB; needs 41 GB of disk
 
-Options: --precision fp16  --work DIR (keeps the checkpoint; what is there is used as it is)  --out FILE.json  --hidden, --ffn,
---layers, --heads, --kv-heads, --vocab, --context.
+Options: --precision fp16  --rounds 3  --work DIR (keeps the checkpoint; what is there is used as it is)  --out FILE.json
+--hidden, --ffn, --layers, --heads, --kv-heads, --vocab, --context.
 
 The export is `sola-edge export onnx` in a process of its own, its peak the kernel's figure for that process, pages of the
-checkpoint that are mapped into it included. The copy is Python's own of the weights' files, before it and after it. Each
-begins with the checkpoint out of the page cache and ends when all is on the disk. Nothing is asserted: the table says what
-was wanted.
+checkpoint that are mapped into it included. The copy is Python's own of the weights' files; copies and exports take turns, and
+each begins with the checkpoint out of the page cache and ends when all is on the disk. Linux only: it drops the pages, and the
+kernel's unit of the peak is that of Linux. Nothing is asserted: the table says what was wanted.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ PEAK = 2.5e9  # bytes, at most
 
 def seconds(work: Callable[[], Any], sources: list[Path]) -> float:
     """Of the work, from files that are not in memory until everything is on the disk."""
+    os.sync()  # pages that are not on the disk yet are not dropped
     for path in sources:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -61,30 +63,26 @@ def export(checkpoint: Path, target: Path, precision: str) -> None:
 
 
 def copied(sources: list[Path], folder: Path) -> None:
-    """Copy the files, then remove the copies."""
+    """Copy the files into a new folder."""
     folder.mkdir()
     for path in sources:
         shutil.copyfile(path, folder / path.name)
 
 
-def measure(checkpoint: Path, scratch: Path, precision: str) -> dict[str, Any]:
-    """Bytes, seconds of the copies and of the export, and its peak."""
+def measure(checkpoint: Path, scratch: Path, precision: str, rounds: int) -> dict[str, Any]:
+    """Bytes, seconds of copies and exports, and the exports' greatest peak."""
     sources = sorted(checkpoint.glob("*.safetensors"))
-    found: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in sources), "copies": []}
-
-    def copy() -> None:
+    found: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in sources), "copies": [], "exports": []}
+    for _ in range(rounds):
         with status("copying"):
             found["copies"].append(seconds(lambda: copied(sources, scratch / "copy"), sources))
         shutil.rmtree(scratch / "copy")
-
-    copy()
-    with status("exporting"):
-        found["export"] = seconds(lambda: export(checkpoint, scratch / "onnx", precision), sources)
-    found["exported_bytes"] = sum(path.stat().st_size for path in (scratch / "onnx").iterdir())
-    shutil.rmtree(scratch / "onnx")
-    # the largest of this process's children, of which the export is by far the largest
+        with status("exporting"):
+            found["exports"].append(seconds(lambda: export(checkpoint, scratch / "onnx", precision), sources))
+        found["exported_bytes"] = sum(path.stat().st_size for path in (scratch / "onnx").iterdir())
+        shutil.rmtree(scratch / "onnx")
+    # the largest of this process's children, of which the exports are by far the largest
     found["peak"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    copy()
     return found
 
 
@@ -93,18 +91,24 @@ def print_found(found: dict[str, Any], console: Console) -> None:
     table = Table("", "measured", "wanted", box=box.SIMPLE_HEAD)
     table.add_row("checkpoint", f"{found['bytes'] / 1e9:.2f} GB", "")
     table.add_row("export", f"{found['exported_bytes'] / 1e9:.2f} GB", "")
-    table.add_row("copying the checkpoint", " and ".join(f"{s:.1f} s" for s in found["copies"]), "")
-    ratios = [found["export"] / s for s in found["copies"]]
-    shown = " and ".join(f"{ratio:.2f}" for ratio in ratios)
-    table.add_row("exporting", f"{found['export']:.1f} s, {shown} times that", f"≤ {SLOWER:g} times")
+    table.add_row("copying it, s", _shown(found["copies"]), "")
+    table.add_row("exporting it, s", _shown(found["exports"]), "")
+    ratios = [export / copy for export, copy in zip(found["exports"], found["copies"], strict=True)]
+    table.add_row("times as long, by round", _shown(ratios, 2), f"≤ {SLOWER:g}")
     table.add_row("resident peak", f"{found['peak'] / 1e9:.2f} GB", f"≤ {PEAK / 1e9:g} GB")
     console.print(table)
+
+
+def _shown(values: list[float], digits: int = 1) -> str:
+    """The median and all values in their order."""
+    return f"{statistics.median(values):.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
 
 
 def parse() -> argparse.Namespace:
     """This process's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint for another run")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     for size in fields(Shape):
@@ -126,7 +130,7 @@ def main() -> None:
                 write_model(checkpoint, shape, {})
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             try:
-                found = measure(checkpoint, Path(scratch), asked.precision)
+                found = measure(checkpoint, Path(scratch), asked.precision, asked.rounds)
             except UserError as error:
                 raise SystemExit(f"Error: {error}") from error
     print_found(found, Console())

@@ -63,6 +63,8 @@ class LayerRunner:
             layout = self.checkpoint.layout.get(row.module(layer, component))
             with torch.device("meta"):
                 linear = own if layout is None else empty_linear(layout, own.bias is not None)
+            if layout is not None:
+                own.to("meta")  # its weights, of another layer, would stay in memory
             self.layer.set_submodule(getattr(row, component), linear)
 
     def weights(self, layer: int) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sola_edge import allocation
 from sola_edge.allocation import MatrixSpectrum, greedy_ranks, most_removable, uniform_ranks
 from sola_edge.config import MatrixLayout, alignment_for
 from sola_edge.errors import UserError
@@ -62,6 +63,18 @@ def test_the_matrix_that_loses_least_is_cut_first() -> None:
     ranks = greedy_ranks([steep, flat], int(0.4 * 128 * 128))
     assert ranks[0] < 64
     assert ranks[1] == 0  # its energy is spread evenly: it stays dense
+
+
+def test_a_floor_that_cannot_be_kept_is_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a steep spectrum (q) does not go down to it before the flat ones may go below; a lower rate keeps it."""
+    rows = [spectrum(name, name, 128, 128, decay=decay) for name, decay in (("q", 0.2), ("k", 0.01), ("o", 0.02))]
+    kept = allocation._descend(rows, int(0.25 * total(rows)), 0.9)
+    assert kept is not None and all(row.energy[rank + row.align] >= 0.9 for row, rank in zip(rows, kept, strict=True))
+    budget = int(0.5 * total(rows))
+    assert allocation._descend(rows, budget, 0.9) is None
+    found = greedy_ranks(rows, budget)
+    monkeypatch.setattr(allocation, "FLOOR", 0.0)
+    assert found == greedy_ranks(rows, budget)
 
 
 def test_rank_that_saves_nothing_stays_dense() -> None:

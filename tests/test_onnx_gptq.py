@@ -163,25 +163,24 @@ def test_an_export_is_rounded_so(tmp_path: Path, text: Text, monkeypatch: pytest
     result = exporters.onnx.export(source, tmp_path / "onnx", precision="int4", quantization=choices)
     onnx.checker.check_model(str(result.path), full_check=True)
     metadata = {row.key: row.value for row in onnx.load(result.path, load_external_data=False).metadata_props}
-    assert json.loads(metadata["rounding"]) == {"method": "gptq", "name": text.name, "windows": 3, "window": 32}
+    rounding = json.loads(metadata["rounding"])
+    assert rounding["method"] == "gptq" and rounding["windows"] == 3 and rounding["window"] == 32
+    assert rounding["sha256"] == load_text(text.name).sha256 and rounding["text"] == "words.txt"
 
     stored = open_checkpoint(source)
     exported = plain(stored)
-    grams, blocks, read = Grams(exported, stored, text), DEFAULTS[4], type(exported).tensor
-
-    def rounded(self: Checkpoint, name: str) -> torch.Tensor:
-        tensor = read(self, name)
-        if tensor.dim() != 2 or self.tensors is not exported.tensors:
-            return tensor
-        layer = stored.architecture.component_of(name.rpartition(".")[0]) is not None
-        with monkeypatch.context() as patch:
-            patch.setattr(Checkpoint, "tensor", read)
+    grams, blocks = Grams(exported, stored, text), DEFAULTS[4]
+    rounded: dict[str, torch.Tensor] = {}
+    for name in exported.names():
+        rounded[name] = tensor = exported.tensor(name)
+        if tensor.dim() == 2:
+            layer = stored.architecture.component_of(name.rpartition(".")[0]) is not None
             made = calibrated(tensor, blocks, grams.of(name)) if layer else quantized(tensor, blocks)
-        return torch.from_numpy(dequantized(made, blocks, tensor.shape[1]))
+            rounded[name] = torch.from_numpy(dequantized(made, blocks, tensor.shape[1]))
 
     tokens = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "tensor", rounded)
+        patch.setattr(Checkpoint, "tensor", lambda _, name: rounded[name])
         patch.setattr(sys.modules["exporters.onnx.export"], "open_checkpoint", lambda _: exported)
         expected = Runner(exporters.onnx.export(source, tmp_path / "rounded").path, 2)(tokens)
     found = Runner(result.path, 2)(tokens)

@@ -17,9 +17,8 @@ from test_onnx_graphs import MODELS, checkpoint_of, reference
 
 import exporters.onnx
 from exporters.onnx import Quantization
-from exporters.onnx.blocks import Blocks, dequantized, quantized
+from exporters.onnx.blocks import Blocks, dequantized, lookup_blocks, quantized
 from exporters.onnx.precision import DEFAULTS
-from exporters.onnx.vocabulary import lookup_blocks
 from runtime_checks.artefacts import open_artefact
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
@@ -176,6 +175,22 @@ def test_metadata_say_how_it_was_rounded(tmp_path: Path) -> None:
     assert found["precision"] == "int4"
     assert json.loads(found["matrices"]) == {"bits": 4, "size": 64, "symmetric": True, "int8_activations": True}
     assert json.loads(found["head"])["bits"] == 8
+
+
+def test_metadata_say_what_a_tied_head_could_be(tmp_path: Path) -> None:
+    """Smaller blocks without zero points where its rows are looked up; whole where no size of block fits them."""
+    asked = Quantization(size=128, symmetric=False)
+    for hidden, size in ((64, 64), (40, None)):
+        source = tiny_checkpoint(tmp_path / f"{hidden}", layers=1, hidden=hidden, heads=1, kv_heads=1, head_dim=32)
+        result = exporters.onnx.export(source, tmp_path / f"{hidden}-onnx", precision="int4", quantization=asked)
+        model = onnx.load(result.path, load_external_data=False)
+        head = {row.key: row.value for row in model.metadata_props}["head"]
+        if size is None:
+            assert head == "fp32" and not any(
+                "embed" in row.name and ".values" in row.name for row in model.graph.initializer
+            )
+        else:
+            assert json.loads(head) == {"bits": 4, "size": size, "symmetric": True, "int8_activations": True}
 
 
 def test_parts_of_a_plain_matrix_are_of_one_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

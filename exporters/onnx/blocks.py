@@ -5,7 +5,7 @@ as unsigned integers q with one scale s and one zero point z: w ≈ s (q - z), z
 are symmetric.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,16 @@ class Blocks:
         if not self.symmetric:
             found["zeros"] = (n_out, -(-blocks * self.bits // 8))
         return found
+
+
+def lookup_blocks(blocks: Blocks, channels: int) -> Blocks | None:
+    """The blocks in which a row of that many channels can be looked up too: none is cut short, 4-bit ones have no zero points
+    (the lookup and the product pack those differently). None where no size fits.
+    """
+    size = next((size for size in reversed(SIZES) if size <= blocks.size and channels % size == 0), None)
+    if size is None:
+        return None
+    return replace(blocks, size=size) if blocks.bits == 8 else replace(blocks, size=size, symmetric=True)
 
 
 @dataclass(frozen=True)

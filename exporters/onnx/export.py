@@ -1,7 +1,8 @@
 """Writes a checkpoint as an ONNX folder that onnxruntime, onnxruntime-genai and optimum open.
 
-model.onnx holds the graph, model.onnx.data every weight, two at a time: the peak is a few times the largest
-stack of matrices that share an input; of pivoted models that are quantized, the matrices of one layer besides. The folder
+model.onnx holds the graph, model.onnx.data every weight, two at a time: the peak is a few times the largest stack of matrices
+that share an input. Quantized weights are written one at a time: the peak is the same, of pivoted models the matrices of one
+layer besides, and with a text in mind one layer's statistics and some matrices of the size of the largest of them. The folder
 appears whole or not at all.
 """
 
@@ -32,7 +33,7 @@ from sola_edge.plain import plain
 from sola_edge.progress import track
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-WORKERS, IN_FLIGHT = 2, 2**29  # one tensor is read and turned while another is written, of so many bytes in all
+WORKERS, IN_FLIGHT = 2, 2**29  # threads that read, turn and write tensors, and bytes of those being written
 MARKER = "sola-edge.json"  # provenance; tells an earlier export of ours from anybody's model
 GRAPHS: dict[str, type[Dialect]] = {"genai": GenAI, "portable": Portable}
 
@@ -57,13 +58,18 @@ def export(
     checkpoint = open_checkpoint(checkpoint_path)
     check_supported(checkpoint, "ONNX")
     check_graph(checkpoint, graph)
+    stored = stored.of(checkpoint)
     provenance = _provenance(checkpoint) | stored.described()
     source = checkpoint
     if stored.quantized:
         checkpoint = plain(source)
     grams = Grams(checkpoint, source, stored.text) if stored.text else None
+    if grams:
+        provenance["rounding"] = json.dumps({"method": "gptq", **grams.describe()})
     builder = GraphBuilder(stored.precision, dialect.opsets)
     Decoder(checkpoint, builder, dialect, stored, grams).build()
+    if grams:
+        grams.collect()  # minutes, after all that may be refused
     metadata = {
         key: content if isinstance(content, str) else json.dumps(content) for key, content in provenance.items()
     }
@@ -71,7 +77,7 @@ def export(
     with replace_folder(folder) as partial:
         (partial / MARKER).write_text(json.dumps(provenance, indent=2) + "\n")
         write_companions(checkpoint, partial, MODEL, provenance, shared_cache=dialect.shared_cache)
-        # the parts of a quantized matrix are made together, and wait for each other
+        # what is quantized or made plain keeps its last matrix for its other parts, which is not for several threads
         _save(model, partial, workers=1 if stored.quantized else WORKERS)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
     return ExportResult(folder / MODEL, files, size_of(folder))

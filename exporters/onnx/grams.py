@@ -1,12 +1,13 @@
 """E[x xᵀ] of what each stored matrix of a checkpoint multiplies, for a rounding that knows its inputs (gptq.py)."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from exporters.support import choose
-from sola_edge.calibration import INPUT_OF, collect, read_calibration
+from sola_edge.calibration import INPUT_OF, Statistics, collect, read_calibration
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
 from sola_edge.texts import DEFAULT_CALIBRATION, load_text
@@ -21,8 +22,9 @@ class Text:
     window: int = 2048
 
     def __post_init__(self) -> None:
-        if self.windows < 1:
-            raise UserError(f"windows {self.windows} is out of range: give at least 1")
+        for name, least in (("windows", 1), ("window", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)} is out of range: give at least {least}")
 
 
 def rounding_text(rounding: str, name: str | None = None, windows: int | None = None) -> Text | None:
@@ -39,22 +41,36 @@ def rounding_text(rounding: str, name: str | None = None, windows: int | None = 
 
 
 class Grams:
-    """Of the tensors of `checkpoint`, by statistics of the model that it is.
+    """Gram matrices of what the tensors of an exported checkpoint multiply.
 
-    One layer's statistics are in memory. The cache folder keeps them, as those of a compression.
+    The model runs when the first one is asked for, or before by `collect`, unless the cache folder has its statistics. One
+    layer's are in memory.
     """
 
     def __init__(self, checkpoint: Checkpoint, source: Checkpoint, text: Text) -> None:
-        """Runs the text through the model. checkpoint: what is exported; source: the same model as it is stored.
+        """checkpoint: what is exported; source: the same model as it is stored.
 
-        Raises UserError for a text that cannot be read or is too short, and for activations that are not finite.
+        Raises UserError for a text that cannot be read or is too short.
         """
-        calibration = read_calibration(load_text(text.name), source.tokenizer(), text.window, text.windows)
-        self._checkpoint, self._statistics = checkpoint, collect(source, calibration, gradient_windows=0)
+        window = min(text.window, source.config.max_position_embeddings)
+        self._calibration = read_calibration(load_text(text.name), source.tokenizer(), window, text.windows)
+        self._checkpoint, self._source = checkpoint, source
         self._layer: tuple[int, dict[str, torch.Tensor]] = (-1, {})
 
+    def describe(self) -> dict[str, Any]:
+        """For a file's metadata: the text's name and hash, windows and tokens."""
+        return self._calibration.describe()
+
+    def collect(self) -> None:
+        """Run the text through the model. Raises UserError for activations that are not finite."""
+        assert self._statistics is not None
+
+    @cached_property
+    def _statistics(self) -> Statistics:
+        return collect(self._source, self._calibration, gradient_windows=0)
+
     def of(self, name: str) -> torch.Tensor:
-        """(n_in, n_in) float32 of a tensor of a decoder layer's matrix."""
+        """(n_in, n_in) float32 of a tensor of a decoder layer's matrix; that of a B by its A before A is rounded."""
         module, _, part = name.rpartition(".")
         row = self._checkpoint.architecture
         component = row.component_of(module)

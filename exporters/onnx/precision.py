@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, replace
 import onnx_ir as ir
 import torch
 
-from exporters.onnx.blocks import Blocks
+from exporters.onnx.blocks import Blocks, lookup_blocks
 from exporters.onnx.grams import Grams, Text
 from exporters.onnx.graph import FP32, GraphBuilder, Precision
 from exporters.onnx.products import BlockProducts, Products, WholeProducts
 from exporters.support import choose
+from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
 
 PRECISIONS = {
@@ -68,14 +69,18 @@ class Weights:
         """Whether matrices are stored in blocks."""
         return self.matrices is not None
 
+    def of(self, checkpoint: Checkpoint) -> "Weights":
+        """For that model: the head's blocks are such as a tied embedding's rows can be looked up in."""
+        if self.head is None or not checkpoint.tied:
+            return self
+        return replace(self, head=lookup_blocks(self.head, checkpoint.config.hidden_size))
+
     def described(self) -> dict[str, str]:
-        """For a file's metadata: the precision, and of what blocks matrices and head are (a tied one's may be smaller)."""
+        """For a file's metadata: the precision, and of what blocks matrices and head are."""
         found = {"precision": self.precision.name}
-        for name, blocks in (("matrices", self.matrices), ("head", self.head)):
-            if blocks:
-                found[name] = json.dumps(asdict(blocks))
-        if self.text:
-            found["rounding"] = json.dumps({"method": "gptq", **asdict(self.text)})
+        if self.matrices:
+            for name, blocks in (("matrices", self.matrices), ("head", self.head)):
+                found[name] = json.dumps(asdict(blocks)) if blocks else "fp32"
         return found
 
     def products(self, graph: GraphBuilder, grams: Grams | None = None) -> Products:
@@ -88,7 +93,9 @@ def weights(name: str, asked: Quantization | None) -> Weights:
     row = choose("precision", name, PRECISIONS)
     choices = asked or Quantization()
     if not row.bits and choices != Quantization():
-        raise UserError(f"precision {name} has no blocks or other head to choose; leave that out, or give int8 or int4")
+        raise UserError(
+            f"precision {name} has no blocks to choose or to round, and no other head; leave that out, or give int8 or int4"
+        )
     head = choose("precision", choices.head, PRECISIONS) if choices.head else row
     if head.onnx != row.onnx:
         known = ", ".join(other.name for other in PRECISIONS.values() if other.onnx == row.onnx)

@@ -11,7 +11,7 @@ import torch
 from exporters.onnx.blocks import Blocks, Quantized, quantized
 from exporters.onnx.gptq import calibrated
 from exporters.onnx.grams import Grams
-from exporters.onnx.graph import BYTES, MICROSOFT, GraphBuilder, hidden
+from exporters.onnx.graph import BYTES, MICROSOFT, GraphBuilder, check_finite, hidden
 from sola_edge.checkpoint import Checkpoint
 
 
@@ -95,6 +95,8 @@ class BlockProducts:
 
     def _rounded(self, matrix: Matrix) -> Quantized:
         """Tensors in one stack have the same input."""
+        weight = matrix.load()
+        check_finite(weight, matrix.name)  # else a NaN would become a number
         if self.grams is None:
-            return quantized(matrix.load(), self.blocks)
-        return calibrated(matrix.load(), self.blocks, self.grams.of(matrix.tensors[0]))
+            return quantized(weight, self.blocks)
+        return calibrated(weight, self.blocks, self.grams.of(matrix.tensors[0]))

@@ -3,12 +3,11 @@
 A tied embedding is stored once, whole or in blocks: its rows are looked up where the head's matrix lies.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import onnx_ir as ir
 
-from exporters.onnx.blocks import SIZES, Blocks
+from exporters.onnx.blocks import Blocks
 from exporters.onnx.dialect import Dialect
 from exporters.onnx.graph import MICROSOFT, GraphBuilder, Precision, hidden
 from exporters.onnx.products import BlockProducts, Matrix, WholeProducts
@@ -34,7 +33,6 @@ class Vocabulary:
         self.dialect = dialect
         self.names = checkpoint.architecture
         self.hidden = checkpoint.config.hidden_size
-        blocks = lookup_blocks(blocks, self.hidden) if checkpoint.tied and blocks else blocks
         self.products = BlockProducts(graph, blocks) if blocks else None
 
     def embedding(self, ids: ir.Value) -> ir.Value:
@@ -108,13 +106,3 @@ class Vocabulary:
         )
         together = self.graph.constant([0, 0, self.hidden])
         return self.graph.op("Reshape", [rows, together], module, hidden(self.hidden))
-
-
-def lookup_blocks(blocks: Blocks, channels: int) -> Blocks | None:
-    """The blocks in which a row of that many channels can be looked up too: none is cut short, 4-bit ones have no zero points
-    (the lookup and the product pack those differently). None where no size fits.
-    """
-    size = next((size for size in reversed(SIZES) if size <= blocks.size and channels % size == 0), None)
-    if size is None:
-        return None
-    return replace(blocks, size=size) if blocks.bits == 8 else replace(blocks, size=size, symmetric=True)
