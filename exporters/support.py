@@ -67,7 +67,7 @@ def check_graph(checkpoint: Checkpoint, graph: str) -> None:
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
-    """The row of a name in a table of the ONNX export's graphs or precisions. Raises UserError for an unknown one."""
+    """The row of a name in a table of the ONNX export's choices of that kind. Raises UserError for an unknown one."""
     if name not in table:
         raise UserError(f"{kind} {name!r} is not available for ONNX; choose from: {', '.join(table)}")
     return table[name]

@@ -156,21 +156,31 @@ def export_onnx(
         str, typer.Option(help="fp32; fp16 or bf16 for GPUs; int8: near fp32; int4: small and fast.")
     ] = "fp32",
     block: Annotated[
-        int | None, typer.Option(help="Input channels that share a scale: 16 to 256; less for a tied head.")
+        int | None,
+        typer.Option(
+            help="Input channels that share a scale: 16 to 256, less for a tied head; default: 16 of int8, 32 of int4."
+        ),
     ] = None,
     symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="Blocks without or with a zero point.")
+        bool | None,
+        typer.Option("--symmetric/--asymmetric", help="Blocks without or with a zero point; default: with of int8."),
     ] = None,
     int8_activations: Annotated[
         bool | None,
-        typer.Option("--int8-activations/--fp32-activations", help="Multiply in integers (faster) or in fp32."),
+        typer.Option(
+            "--int8-activations/--fp32-activations", help="Multiply in integers (faster; default of int4) or in fp32."
+        ),
     ] = None,
     head: Annotated[str | None, typer.Option(help="The head's own precision, and a tied embedding's.")] = None,
     rounding: Annotated[
         str,
-        typer.Option(help="Of blocks. nearest: at once. gptq: by what a text makes of the inputs; minutes, nearer."),
+        typer.Option(
+            help="Of blocks. nearest: at once. gptq: by what a text makes of the inputs (not the head): minutes, nearer."
+        ),
     ] = "nearest",
-    calibration: Annotated[str | None, typer.Option(help="The text of gptq: as of `compress`.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="The text of gptq, as of `compress`; default: python-docstrings.")
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(help="Its windows of 2,048 tokens to use, at most; default: 16.")
     ] = None,

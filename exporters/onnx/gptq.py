@@ -36,7 +36,10 @@ def calibrated(weight: torch.Tensor, blocks: Blocks, gram: torch.Tensor) -> Quan
 def _block(
     weight: torch.Tensor, root: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(levels uint8, errors / U[j, j]) of one block's columns, both (n_out, columns)."""
+    """(levels uint8, errors / U[j, j]) of one block's columns, both (n_out, columns).
+
+    root: U's rows and columns of them; scale float32, zero uint8: (n_out, 1); top: the highest level.
+    """
     weight, levels, errors = weight.clone(), torch.zeros(weight.shape, dtype=torch.uint8), torch.zeros_like(weight)
     step, middle = scale[:, 0], zero[:, 0].float()
     inverse = torch.where(step == 0, 0.0, 1 / step)
@@ -56,7 +59,7 @@ def _zero(grid: Quantized, blocks: Blocks) -> torch.Tensor:
 
 
 def _root(gram: torch.Tensor) -> torch.Tensor:
-    """U, upper triangular."""
+    """U (n_in, n_in) of S (n_in, n_in), upper triangular, float32."""
     damped = gram.float().clone()
     mean = damped.diagonal().mean().clamp_min(torch.finfo(damped.dtype).tiny)
     damped.diagonal().add_(DAMPING * mean)
