@@ -282,7 +282,7 @@ class FlapRewriter:
                 gone = weight[:, drop] @ self.view.means[drop]
                 bias = gone if bias is None else bias + gone
                 weight = weight[:, keep]
-            elif component in FFN:
+            elif component in ("gate", "up"):
                 weight = weight[keep]
                 bias = None if bias is None else bias[keep]
             found[f"{module}.weight"] = weight

@@ -88,6 +88,24 @@ def test_every_method_meets_the_rate_and_loads(tmp_path: Path, text: str, method
     assert json.loads((made.path / PROVENANCE).read_text())["method"] == method
 
 
+def test_flap_leaves_a_layer_whole_that_loses_no_neuron(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(tiny_checkpoint(tmp_path / "dense", layers=3))
+    ffn, hidden = source.config.intermediate_size, source.config.hidden_size
+    monkeypatch.setattr("sola_edge.baselines.flap_counts", lambda *_: [ffn, ffn - 100, ffn])
+    rate = (100 * 3 * hidden - hidden) / source.parameters()  # a bias of `down` is gained
+    made = compress(
+        source.path, tmp_path / "small", settings_for(rate, method="flap", align=1, correction_windows=0), text
+    )
+    result = open_checkpoint(made.path)
+    assert {module.split(".")[2] for module in result.layout} == {"1"}
+    for name in source.names():
+        if ".1.mlp" not in name:
+            assert torch.equal(result.tensor(name), source.tensor(name))
+    assert logits(made.path, torch.arange(3, 30)[None]).isfinite().all()
+
+
 def test_narrow_only_drops_neurons(tmp_path: Path, text: str) -> None:
     source = open_checkpoint(tiny_checkpoint(tmp_path / "dense", layers=4))
     settings = settings_for(0.2, structure="narrow", align=1, correction_windows=0)
