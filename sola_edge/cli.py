@@ -237,16 +237,19 @@ def export_gguf(
 def llama_build(
     jobs: Annotated[int | None, typer.Option(help="Parallel compilations; default: one per core.")] = None,
     cmake_arg: Annotated[list[str] | None, typer.Option(help="Passed to cmake, e.g. -DGGML_CUDA=ON.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="A llama.cpp checkout of your own instead of the pinned one; it is only read.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build it into the cache folder; a second run builds nothing.
+    """Build it into the cache folder; a second run builds nothing. Checks use the build of the pinned one alone.
 
     Example: sola-edge llama-cpp build --jobs 2
     """
     from exporters.llama_cpp import build, info
 
-    build(jobs=jobs, cmake_args=tuple(cmake_arg or ()))
-    _print(info(), "llama.cpp", as_json)
+    made = build(jobs=jobs, cmake_args=tuple(cmake_arg or ()), checkout=source)
+    _print(info(made), "llama.cpp", as_json)
 
 
 @llama_app.command("info")

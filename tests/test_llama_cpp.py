@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,38 @@ def test_only_a_finished_build_of_this_addition_is_found(tmp_path: Path, monkeyp
     assert find() is None  # no manifest: interrupted
     (other / "build.json").write_text(json.dumps({"version": "0.0.1", "addition": edits.fingerprint()}))
     assert find() is None  # another version
+
+
+def test_a_checkout_of_ones_own_is_built_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each state of it; the pinned version's build is not taken for it, nor it for the pinned one's."""
+    compiled: list[Path] = []
+
+    def compile_(patched: Path, work: Path, cmake_args: list[str], jobs: int) -> None:
+        compiled.append(patched)
+        assert all((patched / "src" / name).is_file() for name in edits.OUR_FILES)
+        assert not (patched / ".git").exists() and not (patched / "build-old").exists()
+        assert "-DGGML_VULKAN=ON" in cmake_args
+        (work / "build" / "bin").mkdir(parents=True)
+
+    monkeypatch.setattr(sys.modules["exporters.llama_cpp.build"], "_compile", compile_)
+    monkeypatch.setenv("SOLA_EDGE_CACHE", str(tmp_path / "cache"))
+    checkout = skeleton(tmp_path / "checkout")
+    for name in (".git", "build-old"):
+        (checkout / name).mkdir()
+    before = contents(checkout)
+    first = build(cmake_args=("-DGGML_VULKAN=ON",), checkout=checkout)
+    assert first.manifest()["version"] == "own" and not first.python.exists()
+    assert build(cmake_args=("-DGGML_VULKAN=ON",), checkout=checkout) == first and len(compiled) == 1
+    assert contents(checkout) == before and find() is None
+    (checkout / "src" / "new.cpp").write_text("int x;")
+    assert build(cmake_args=("-DGGML_VULKAN=ON",), checkout=checkout) != first and len(compiled) == 2
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOLA_EDGE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty is no llama\.cpp checkout"):
+        build(checkout=tmp_path / "empty")
 
 
 @pytest.mark.slow

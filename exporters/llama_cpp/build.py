@@ -1,8 +1,9 @@
-"""Build the pinned llama.cpp with our addition, once, into the cache folder.
+"""Build the pinned llama.cpp, or a user's own checkout, with our addition, once, into the cache folder.
 
-A finished build is a folder named after what determines it (version, our addition, cmake arguments, processor): `bin`
-holds tools and shared libraries side by side, `python` the ctypes package `llama_cpp`, `build.json` says what it is.
-It is renamed into place when complete; an interrupted build keeps its objects and is taken up by the next call.
+A finished build is a folder named after what determines it (version or checkout, our addition, cmake arguments, processor):
+`bin` holds tools and shared libraries side by side, `python` the ctypes package `llama_cpp` (of the pinned one alone: it fits
+no other), `build.json` says what it is. It is renamed into place when complete; an interrupted build keeps its objects and is
+taken up by the next call.
 """
 
 import hashlib
@@ -36,12 +37,22 @@ CMAKE_ARGS = (
     "-DLLAMA_BUILD_APP=OFF",
     "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",
-    f"-DLLAMA_BUILD_COMMIT={source.LLAMA_CPP_COMMIT}-sola-edge",
 )
 # AMX kernels of this llama.cpp crash when GCC drops the tile configuration that it does not see used
 # (ggml-org/llama.cpp#20824); without the macro ggml takes its AVX-512 kernels instead.
 WITHOUT_AMX = tuple(f"-DCMAKE_{language}_FLAGS_RELEASE=-O3 -DNDEBUG -U__AMX_INT8__" for language in ("C", "CXX"))
 MANIFEST = "build.json"
+OWN = "own"  # stands for the version of a user's checkout
+COMPILED = (
+    "CMakeLists.txt",
+    "cmake",
+    "common",
+    "ggml",
+    "include",
+    "src",
+    "tools",
+    "vendor",
+)  # what a build reads of a checkout
 
 
 @dataclass(frozen=True)
@@ -87,24 +98,25 @@ class Build:
         return json.loads((self.folder / MANIFEST).read_text())
 
 
-def build(jobs: int | None = None, cmake_args: Sequence[str] = ()) -> Build:
+def build(jobs: int | None = None, cmake_args: Sequence[str] = (), checkout: Path | None = None) -> Build:
     """The build with these extra cmake arguments, made now if it is not there (about 5 to 15 core minutes).
 
-    `jobs`: compiler processes, by default as many as cores and memory allow. Raises toolchain.CompilerMissing
-    without a C++ compiler and UserError when the source cannot be had, a tool is missing or the compilation fails.
+    `jobs`: compiler processes, by default as many as cores and memory allow. checkout: a llama.cpp of one's own instead of the
+    pinned one; it is read and left as it is. Raises toolchain.CompilerMissing without a C++ compiler and UserError when the
+    source cannot be had or the addition does not fit it, a tool is missing or the compilation fails.
     """
-    manifest = _manifest(cmake_args)
+    manifest = _manifest(cmake_args, checkout)
     folder = _folder(manifest)
     if not (folder / MANIFEST).is_file():
         compilers()
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not (folder / MANIFEST).is_file():
-                _build_into(folder, manifest, jobs or default_jobs())
+                _build_into(folder, manifest, jobs or default_jobs(), checkout)
     return Build(folder)
 
 
 def find() -> Build | None:
-    """The newest finished build of this version with this addition for this processor, or None; builds nothing."""
+    """The newest finished build of the pinned version with this addition for this processor, or None; builds nothing."""
     wanted = _manifest(())
     del wanted["cmake_args"]
     manifests = sorted(source.cache_folder().glob(f"build-*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
@@ -114,9 +126,9 @@ def find() -> Build | None:
     return None
 
 
-def info() -> dict[str, Any]:
-    """What is pinned and what is built, as plain values for JSON."""
-    found = find()
+def info(found: Build | None = None) -> dict[str, Any]:
+    """What is pinned and what is built (that build, or the one that is found), as plain values for JSON."""
+    found = found or find()
     return {
         "package": f"{source.PACKAGE}=={source.VERSION}",
         "llama_cpp_commit": source.LLAMA_CPP_COMMIT,
@@ -128,14 +140,31 @@ def info() -> dict[str, Any]:
     }
 
 
-def _manifest(cmake_args: Sequence[str]) -> dict[str, Any]:
-    return {
-        "version": source.VERSION,
-        "llama_cpp_commit": source.LLAMA_CPP_COMMIT,
+def _manifest(cmake_args: Sequence[str], checkout: Path | None = None) -> dict[str, Any]:
+    commit = source.LLAMA_CPP_COMMIT if checkout is None else OWN
+    named = f"-DLLAMA_BUILD_COMMIT={commit}-sola-edge"
+    manifest = {
+        "version": source.VERSION if checkout is None else OWN,
+        "llama_cpp_commit": commit,
         "addition": edits.fingerprint(),
-        "cmake_args": [*CMAKE_ARGS, *(WITHOUT_AMX if os.name == "posix" else ()), *cmake_args],
+        "cmake_args": [*CMAKE_ARGS, named, *(WITHOUT_AMX if os.name == "posix" else ()), *cmake_args],
         "processor": _processor(),
     }
+    return manifest if checkout is None else {**manifest, "checkout": _state_of(checkout)}
+
+
+def _state_of(checkout: Path) -> str:
+    """Digest of names, sizes and times of all files that are compiled. Raises UserError for a folder that has none."""
+    digest = hashlib.sha256()
+    roots = [checkout / name for name in COMPILED if (checkout / name).exists()]
+    for path in sorted(path for root in roots for path in (root, *root.rglob("*")) if path.is_file()):
+        facts = path.stat()
+        digest.update(f"{path.relative_to(checkout)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    if not roots:
+        raise UserError(
+            f"{checkout} is no llama.cpp checkout: it has no CMakeLists.txt and no src; give its root folder"
+        )
+    return digest.hexdigest()
 
 
 def _processor() -> str:
@@ -148,23 +177,38 @@ def _processor() -> str:
 
 def _folder(manifest: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    return source.cache_folder() / f"build-{source.VERSION}-{digest[:12]}"
+    return source.cache_folder() / f"build-{manifest['version']}-{digest[:12]}"
 
 
-def _build_into(folder: Path, manifest: dict[str, Any], jobs: int) -> None:
-    tree = source.source_tree()
+def _build_into(folder: Path, manifest: dict[str, Any], jobs: int, checkout: Path | None) -> None:
     work = folder.with_name(f"{folder.name}.work")
     patched = work / "llama.cpp"
     if not patched.is_dir():
         with status("Adding factored weights to llama.cpp"), replace_folder(patched) as partial:
-            shutil.copytree(tree / "vendor" / "llama.cpp", partial, copy_function=_link, dirs_exist_ok=True)
+            if checkout:
+                _copy_checkout(checkout, partial)
+            else:
+                pinned = source.source_tree() / "vendor" / "llama.cpp"
+                shutil.copytree(pinned, partial, copy_function=_link, dirs_exist_ok=True)
             edits.apply(partial)
     _compile(patched, work, manifest["cmake_args"], jobs)
     with replace_folder(folder) as partial:
         shutil.copytree(work / "build" / "bin", partial / "bin", symlinks=True, copy_function=_link)
-        _python_package(tree / "llama_cpp", partial / "python" / "llama_cpp")
+        if checkout is None:
+            _python_package(source.source_tree() / "llama_cpp", partial / "python" / "llama_cpp")
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _copy_checkout(checkout: Path, target: Path) -> None:
+    """All but what git and earlier builds keep in its root; never links, for the owner goes on editing."""
+    for path in checkout.iterdir():
+        if path.name == ".git" or path.name.startswith("build"):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, target / path.name)
 
 
 def _link(from_: str, to: str) -> None:
