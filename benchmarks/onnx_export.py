@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +110,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint for another run")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    for size in fields(Shape):
-        parser.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=getattr(LLAMA_2_7B, size.name))
+    Shape.add_options(parser, LLAMA_2_7B)
     return parser.parse_args()
 
 
 def main() -> None:
     """Command line."""
     asked = parse()
-    shape = Shape(**{size.name: getattr(asked, size.name) for size in fields(Shape)})
+    shape = Shape.asked(asked)
     if asked.work:
         asked.work.mkdir(parents=True, exist_ok=True)
     with nullcontext(asked.work) if asked.work else tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
-        sizes = "x".join(str(getattr(shape, size.name)) for size in fields(Shape))
-        checkpoint = Path(folder) / f"fp16-{sizes}"
+        checkpoint = Path(folder) / f"fp16-{shape.name}"
         if not checkpoint.exists():
             with status("making the model"):
                 write_model(checkpoint, shape, {})
@@ -135,7 +132,7 @@ def main() -> None:
                 raise SystemExit(f"Error: {error}") from error
     print_found(found, Console())
     if asked.out:
-        about = {"machine": machine(os.cpu_count() or 1).model_dump(), "packages": packages(), "shape": sizes}
+        about = {"machine": machine(os.cpu_count() or 1).model_dump(), "packages": packages(), "shape": shape.name}
         asked.out.write_text(json.dumps({**about, **found}, indent=2))
 
 

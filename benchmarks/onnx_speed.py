@@ -22,7 +22,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,7 @@ class Models:
         """A random checkpoint: dense, or of one of `KINDS`. Raises UserError where the shape is too small for the rate."""
         layouts = layouts_of(kind, self.shape, self.rate)
         self.facts[kind] = describe(self.shape, layouts)
-        sizes = "x".join(str(getattr(self.shape, f.name)) for f in fields(Shape))
-        name = f"{kind}-{sizes}" + (f"-{self.rate:g}" if layouts else "")
+        name = f"{kind}-{self.shape.name}" + (f"-{self.rate:g}" if layouts else "")
         target = self.folder / name / "checkpoint"
         return self._made(target, lambda: write_model(target, self.shape, layouts))
 
@@ -354,8 +353,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--threads", type=int, help="default: all cores")
         command.add_argument("--work", type=Path, help="folder that keeps models and exports for another run")
         command.add_argument("--out", type=Path, help="JSON file to write")
-        for size in fields(Shape):
-            command.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=size.default)
+        Shape.add_options(command, Shape())
     return parser.parse_args(arguments)
 
 
@@ -363,10 +361,9 @@ def run(asked: argparse.Namespace, console: Console) -> list[Row]:
     """Run one benchmark as asked, print it and write its JSON. Raises UserError for impossible options."""
     check_sizes(asked.prompt, asked.generate, asked.rounds)
     load = Load(asked.prompt, asked.generate, asked.rounds, checked_threads(asked.threads))
-    shape = Shape(**{size.name: getattr(asked, size.name) for size in fields(Shape)})
     precisions = asked.precision.split(",")
     with _folder(asked.work) as folder:
-        models = Models(folder, shape, getattr(asked, "rate", 0.3))
+        models = Models(folder, Shape.asked(asked), getattr(asked, "rate", 0.3))
         if asked.benchmark == "builder":
             rows = against_builder(models, asked.model, precisions, load)
         else:

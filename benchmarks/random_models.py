@@ -10,8 +10,9 @@ narrow    attention as it is, FFNs with fewer neurons, fewest in the middle of t
 Ranks and widths are multiples of what `--align auto` means; ranks differ by a step where the rate asks for it, as real ones do.
 """
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,22 @@ class Shape:
     kv_heads: int = 4
     vocab: int = 32000
     context: int = 2048
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser, default: "Shape") -> None:
+        """An option for each size."""
+        for size in fields(cls):
+            parser.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=getattr(default, size.name))
+
+    @classmethod
+    def asked(cls, options: argparse.Namespace) -> "Shape":
+        """The shape that the options ask for."""
+        return cls(**{size.name: getattr(options, size.name) for size in fields(cls)})
+
+    @property
+    def name(self) -> str:
+        """All sizes, for a folder."""
+        return "x".join(str(getattr(self, size.name)) for size in fields(self))
 
     def config(self) -> PretrainedConfig:
         """Of transformers, with embedding and output head of their own."""
