@@ -22,11 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from random_models import Shape, write_model
+from random_models import Shape, work_folder, write_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -118,10 +117,8 @@ def main() -> None:
     """Command line."""
     asked = parse()
     shape = Shape.asked(asked)
-    if asked.work:
-        asked.work.mkdir(parents=True, exist_ok=True)
-    with nullcontext(asked.work) if asked.work else tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
-        checkpoint = Path(folder) / f"fp16-{shape.name}"
+    with work_folder(asked.work) as folder:
+        checkpoint = folder / f"fp16-{shape.name}"
         if not checkpoint.exists():
             with status("making the model"):
                 write_model(checkpoint, shape, {})

@@ -19,15 +19,14 @@ is that of model.onnx and its weights, without tokenizer and configuration. Noth
 import argparse
 import json
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from genai_builder import BuilderError, build
-from random_models import KINDS, Shape, describe, layouts_of, write_model
+from random_models import KINDS, Shape, describe, layouts_of, work_folder, write_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -325,16 +324,6 @@ def record(asked: argparse.Namespace, models: Models, rows: Sequence[Row], load:
     }
 
 
-@contextmanager
-def _folder(given: Path | None) -> Iterator[Path]:
-    if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
-        yield Path(folder)
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options, None for this process's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -362,7 +351,7 @@ def run(asked: argparse.Namespace, console: Console) -> list[Row]:
     check_sizes(asked.prompt, asked.generate, asked.rounds)
     load = Load(asked.prompt, asked.generate, asked.rounds, checked_threads(asked.threads))
     precisions = asked.precision.split(",")
-    with _folder(asked.work) as folder:
+    with work_folder(asked.work) as folder:
         models = Models(folder, Shape.asked(asked), getattr(asked, "rate", 0.3))
         if asked.benchmark == "builder":
             rows = against_builder(models, asked.model, precisions, load)

@@ -11,7 +11,9 @@ Ranks and widths are multiples of what `--align auto` means; ranks differ by a s
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -228,3 +230,14 @@ def describe(shape: Shape, layouts: Layouts) -> dict[str, object]:
         counts[component][text] += 1
     rate = achieved_rate(shape, layouts)
     return {"parameters": shape.parameters() - _removed(shape, layouts), "rate": rate, "layouts": counts}
+
+
+@contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    """That folder, made if need be, or a temporary one."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
+        yield Path(folder)

@@ -1,7 +1,6 @@
 """Where figures were measured: processor, cores, memory, versions."""
 
 import importlib.metadata
-import os
 import platform
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from runtime_checks.schema import BUSY, Machine
+from sola_edge.cores import usable_cores
 
 PACKAGES = (
     "sola-edge",
@@ -41,7 +41,7 @@ def waiting_policy(busy: float) -> dict[str, str]:
 
 def physical_cores() -> int:
     """Cores that this process may use, hyper-threads not counted."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = usable_cores()
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 

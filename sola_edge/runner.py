@@ -52,8 +52,8 @@ class LayerRunner:
         self.layer = self._model(self._kind).layers[0]
         self._place_linears(layer)
         found = self.weights(layer) if weights is None else weights
-        values = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
-        self.layer.load_state_dict({k: v.to(self.device) for k, v in values.items()}, assign=True)
+        values = {k: (v.float() if v.is_floating_point() else v).to(self.device) for k, v in found.items()}
+        self.layer.load_state_dict(values, assign=True)
         self.layer.requires_grad_(False)
 
     def _place_linears(self, layer: int) -> None:

@@ -9,11 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from layouts import MIXED
 from test_onnx import Runner
 from test_onnx_graphs import MODELS, checkpoint_of, checkpoint_with, reference
+from test_onnx_precision import of_any_blocks
 
 import exporters.onnx
 from exporters.onnx import Quantization, Text, gptq, rounding_text
@@ -59,14 +58,7 @@ def test_what_a_column_loses_the_next_one_takes_up(monkeypatch: pytest.MonkeyPat
     assert dequantized(calibrated(weight, blocks, gram), blocks, 16)[0, :3].tolist() == [-8, 0, 1]
 
 
-@given(
-    bits=st.sampled_from([4, 8]),
-    size=st.sampled_from([16, 32, 128]),
-    symmetric=st.booleans(),
-    rows=st.integers(1, 5),
-    columns=st.integers(1, 150),
-    seed=st.integers(0, 99),
-)
+@of_any_blocks
 def test_inputs_without_correlation_give_nearest_levels(
     bits: int, size: int, symmetric: bool, rows: int, columns: int, seed: int
 ) -> None:

@@ -33,6 +33,16 @@ TOKENS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 
+of_any_blocks = given(
+    bits=st.sampled_from([4, 8]),
+    size=st.sampled_from([16, 32, 128]),
+    symmetric=st.booleans(),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 150),
+    seed=st.integers(0, 99),
+)
+
+
 def test_a_symmetric_block_by_hand() -> None:
     """Steps of 1: the value furthest from zero, -8, is the lowest of the 16 levels."""
     row = torch.tensor([[-8.0, 7.0, 0.0, 1.0, -1.0, 3.4, 3.6, *[0.0] * 9]])
@@ -41,14 +51,7 @@ def test_a_symmetric_block_by_hand() -> None:
     assert dequantized(found, Blocks(4, size=16), 16)[0, :7].tolist() == [-8, 7, 0, 1, -1, 3, 4]
 
 
-@given(
-    bits=st.sampled_from([4, 8]),
-    size=st.sampled_from([16, 32, 128]),
-    symmetric=st.booleans(),
-    rows=st.integers(1, 5),
-    columns=st.integers(1, 150),
-    seed=st.integers(0, 99),
-)
+@of_any_blocks
 def test_blocks_have_their_shapes_and_are_within_a_step(
     bits: int, size: int, symmetric: bool, rows: int, columns: int, seed: int
 ) -> None:

@@ -87,16 +87,16 @@ def _by_llama_quantize(
     with replace_file(out) as partial, tempfile.TemporaryDirectory(dir=partial.parent, prefix=".sola-edge-") as folder:
         first = _export(checkpoint, Path(folder) / "model.gguf", TYPES["f16"], dense, rounds=True)
         llama_quantize.quantize(build, first.path, partial, name, importance)
-        tensors = gguf.GGUFReader(partial).tensors
+        made = gguf.GGUFReader(partial).tensors
         block = llama_quantize.BLOCKS[name]
         found = replace(
             first,
             path=out,
             files=(out,),
             bytes=partial.stat().st_size,
-            type_counts=dict(Counter(tensor.tensor_type.name for tensor in tensors)),
-            fallbacks=tuple(t.name for t in tensors if len(t.shape) > 1 and int(t.shape[0]) % block),
-            tensor_bytes=sum(int(tensor.n_bytes) for tensor in tensors),
+            type_counts=dict(Counter(tensor.tensor_type.name for tensor in made)),
+            fallbacks=tuple(t.name for t in made if len(t.shape) > 1 and int(t.shape[0]) % block),
+            tensor_bytes=sum(int(tensor.n_bytes) for tensor in made),
         )
     return found
 

@@ -3,7 +3,6 @@
 The importance of an input channel is its mean square over a text (llama-imatrix); llama-quantize weighs rounding errors by it.
 """
 
-import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.llama_cpp import Build, find
+from sola_edge.cores import usable_cores
 from sola_edge.errors import UserError
 from sola_edge.progress import status
 from sola_edge.texts import DEFAULT_CALIBRATION, load_text
@@ -59,7 +59,7 @@ def quantize(build: Build, model: Path, out: Path, type: str, importance: Import
         matrix: list[str] = []
         if importance:
             matrix = ["--imatrix", str(_importance_matrix(build, model, Path(folder), importance))]
-        command = [str(build.tool("llama-quantize")), *matrix, str(model), str(out), type.upper(), str(_threads())]
+        command = [str(build.tool("llama-quantize")), *matrix, str(model), str(out), type.upper(), str(usable_cores())]
         with status(f"llama-quantize to {type}"):
             _run(command, f"llama-quantize cannot make {type}")
 
@@ -68,7 +68,7 @@ def _importance_matrix(build: Build, model: Path, folder: Path, importance: Impo
     text, found = folder / "text.txt", folder / "imatrix.gguf"
     text.write_text(load_text(importance.text).joined[: importance.windows * WINDOW * CHARACTERS], encoding="utf-8")
     command = [str(build.tool("llama-imatrix")), "-m", str(model), "-f", str(text), "-o", str(found), "--no-ppl"]
-    command += ["-c", str(WINDOW), "--chunks", str(importance.windows), "-t", str(_threads()), "-ngl", "0"]
+    command += ["-c", str(WINDOW), "--chunks", str(importance.windows), "-t", str(usable_cores()), "-ngl", "0"]
     with status(f"llama-imatrix on {importance.text}"):
         _run(command, f"llama-imatrix cannot read {importance.text}")
     if not found.is_file():
@@ -76,10 +76,6 @@ def _importance_matrix(build: Build, model: Path, folder: Path, importance: Impo
             f"{importance.text} is too short for an importance matrix: it needs {2 * WINDOW} tokens; give more"
         )
     return found
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(command: Sequence[str], what: str) -> None:

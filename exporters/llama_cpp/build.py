@@ -43,16 +43,8 @@ CMAKE_ARGS = (
 WITHOUT_AMX = tuple(f"-DCMAKE_{language}_FLAGS_RELEASE=-O3 -DNDEBUG -U__AMX_INT8__" for language in ("C", "CXX"))
 MANIFEST = "build.json"
 OWN = "own"  # stands for the version of a user's checkout
-COMPILED = (
-    "CMakeLists.txt",
-    "cmake",
-    "common",
-    "ggml",
-    "include",
-    "src",
-    "tools",
-    "vendor",
-)  # what a build reads of a checkout
+# what a build reads of a checkout
+COMPILED = ("CMakeLists.txt", "cmake", "common", "ggml", "include", "src", "tools", "vendor")
 
 
 @dataclass(frozen=True)
@@ -155,15 +147,15 @@ def _manifest(cmake_args: Sequence[str], checkout: Path | None = None) -> dict[s
 
 def _state_of(checkout: Path) -> str:
     """Digest of names, sizes and times of all files that are compiled. Raises UserError for a folder that has none."""
-    digest = hashlib.sha256()
     roots = [checkout / name for name in COMPILED if (checkout / name).exists()]
-    for path in sorted(path for root in roots for path in (root, *root.rglob("*")) if path.is_file()):
-        facts = path.stat()
-        digest.update(f"{path.relative_to(checkout)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     if not roots:
         raise UserError(
             f"{checkout} is no llama.cpp checkout: it has no CMakeLists.txt and no src; give its root folder"
         )
+    digest = hashlib.sha256()
+    for path in sorted(path for root in roots for path in (root, *root.rglob("*")) if path.is_file()):
+        facts = path.stat()
+        digest.update(f"{path.relative_to(checkout)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

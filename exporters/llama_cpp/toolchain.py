@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from sola_edge.cores import usable_cores
 from sola_edge.errors import UserError
 
 BYTES_PER_JOB = 1_500_000_000  # the largest translation units need a little over 1 GB
@@ -36,8 +37,7 @@ def cmake_and_ninja() -> tuple[Path, Path]:
 
 def default_jobs() -> int:
     """Compiler processes to run: one a usable core, as far as the free memory allows."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, psutil.virtual_memory().available // BYTES_PER_JOB))
+    return max(1, min(usable_cores(), psutil.virtual_memory().available // BYTES_PER_JOB))
 
 
 def _program(name: str, folder_attribute: str) -> Path:

@@ -19,9 +19,8 @@ NEW: tuple[Dimension, ...] = ("batch_size", "sequence_length")
 ALL: tuple[Dimension, ...] = ("batch_size", "total_sequence_length")
 _END = 2**63 - 1  # of a slice
 KeyValue = tuple[ir.Value, ir.Value]  # of one layer's cache
-QKV = tuple[
-    ir.Value, ir.Value | None, ir.Value | None
-]  # or all three side by side in the first, for dialects that pack
+# q, k and v; or all three side by side in the first, for dialects that pack
+QKV = tuple[ir.Value, ir.Value | None, ir.Value | None]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """E[x xᵀ] of what each stored matrix of a checkpoint multiplies, for a rounding that knows its inputs (gptq.py)."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,19 +54,18 @@ class Grams:
         window = min(text.window, source.config.max_position_embeddings)
         self._calibration = read_calibration(load_text(text.name), source.tokenizer(), window, text.windows)
         self._checkpoint, self._source = checkpoint, source
+        self._statistics: Statistics | None = None
         self._layer: tuple[int, dict[str, torch.Tensor]] = (-1, {})
 
     def describe(self) -> dict[str, Any]:
         """For a file's metadata: the text's name and hash, windows and tokens."""
         return self._calibration.describe()
 
-    def collect(self) -> None:
-        """Run the text through the model. Raises UserError for activations that are not finite."""
-        assert self._statistics is not None
-
-    @cached_property
-    def _statistics(self) -> Statistics:
-        return collect(self._source, self._calibration, gradient_windows=0)
+    def collect(self) -> Statistics:
+        """What the text makes of the model, run once. Raises UserError for activations that are not finite."""
+        if self._statistics is None:
+            self._statistics = collect(self._source, self._calibration, gradient_windows=0)
+        return self._statistics
 
     def of(self, name: str) -> torch.Tensor:
         """(n_in, n_in) float32 of a tensor of a decoder layer's matrix; that of a B by its A before A is rounded."""
@@ -91,5 +89,5 @@ class Grams:
 
     def _inputs(self, layer: int) -> dict[str, torch.Tensor]:
         if self._layer[0] != layer:
-            self._layer = (layer, dict(self._statistics.layer(layer).inputs))
+            self._layer = (layer, dict(self.collect().layer(layer).inputs))
         return self._layer[1]
