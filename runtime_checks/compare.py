@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runtime_checks.compare_cell import Job, Ruler, make_cell
+from runtime_checks.compare_cell import Job, Ruler, add_tasks, make_cell
 from runtime_checks.compare_labels import folder_name, settings_of
 from runtime_checks.compare_schema import (
     COMPARISON,
@@ -224,23 +224,29 @@ class _Run:
             if self._done(job):
                 continue
             console.print(f"{number} of {len(jobs)}: {job.label} at rate {job.rate:g}", markup=False)
-            assert self.found.dense is not None
             try:
-                cell = make_cell(
-                    job, self.source, self.common.calibration, self.ruler, self.found.dense, self.found.dense_tasks
-                )
+                cell = self._cell(job)
             finally:
                 if not self.keep:
                     shutil.rmtree(job.folder, ignore_errors=True)
             others = [c for c in self.found.cells if (c.label, c.rate) != (job.label, job.rate)]
             self._save(self.found.model_copy(update={"cells": _ordered([*others, cell], jobs)}))
 
-    def _done(self, job: Job) -> bool:
-        """Cells without a figure are tried again: that takes little, and the cause may be gone."""
+    def _cell(self, job: Job) -> Cell:
+        assert self.found.dense is not None
+        known, about = self._known(job), (self.source, self.common.calibration, self.ruler)
+        if known:
+            return add_tasks(job, *about, known, self.found.dense_tasks)
+        return make_cell(job, *about, self.found.dense, self.found.dense_tasks)
+
+    def _known(self, job: Job) -> Cell | None:
+        """What was measured of the job. Cells without a figure are tried again: that takes little, the cause may be gone."""
         cell = self.found.cell(job.label, job.rate)
-        if cell is None or cell.status != "measured" or cell.settings != job.settings.as_dict():
-            return False
-        return bool(cell.tasks) or not self.ruler.tasks
+        return cell if cell and cell.status == "measured" and cell.settings == job.settings.as_dict() else None
+
+    def _done(self, job: Job) -> bool:
+        cell = self._known(job)
+        return cell is not None and (bool(cell.tasks) or not self.ruler.tasks)
 
     def _dense(self) -> None:
         """The dense model's figures; a .gguf file goes through a folder, for PyTorch. Raises UserError when it has none."""

@@ -96,14 +96,29 @@ def make_cell(
     if found is None or found.value is None:
         return job.cell(status="failed", reason="; ".join(reasons) or "no perplexity", **made)
     rise = paired_rise(dense, found)
-    if ruler.tasks:
-        try:
-            made["tasks"] = measure_checkpoint(
-                job.folder.name, job.folder, ruler.tasks, dense_tasks, threads=ruler.threads
-            )
-        except UserError as error:
-            return job.cell(status="failed", reason=str(error), **made)
-    return job.cell(status="measured", rise=rise, ratio=exponential(rise), **made)
+    return _with_tasks(job.cell(status="measured", rise=rise, ratio=exponential(rise), **made), job, ruler, dense_tasks)
+
+
+def add_tasks(
+    job: Job, source: Checkpoint, calibration: str, ruler: Ruler, known: Cell, dense_tasks: Sequence[TaskResult]
+) -> Cell:
+    """A measured cell with zero-shot tasks too. Its model is made anew, the same bytes as before: other figures stay.
+
+    Raises UserError for what cannot be compressed.
+    """
+    prepare(source, job.settings, calibration).write(job.folder)
+    return _with_tasks(known, job, ruler, dense_tasks)
+
+
+def _with_tasks(cell: Cell, job: Job, ruler: Ruler, dense_tasks: Sequence[TaskResult]) -> Cell:
+    """The cell with the tasks that were asked for; a failed one where they cannot be scored."""
+    if not ruler.tasks:
+        return cell
+    try:
+        found = measure_checkpoint(job.folder.name, job.folder, ruler.tasks, dense_tasks, threads=ruler.threads)
+    except UserError as error:
+        return cell.model_copy(update={"status": "failed", "reason": str(error), "rise": None, "ratio": None})
+    return cell.model_copy(update={"tasks": found})
 
 
 def paired_rise(dense: Perplexity, found: Perplexity) -> Estimate:

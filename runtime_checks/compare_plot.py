@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from runtime_checks.compare_schema import Cell, Comparison
+from runtime_checks.compare_schema import Cell, Comparison, Estimate
 from runtime_checks.plots import LINE_COLOURS, STYLES
 from sola_edge.files import replace_file
 
 BAND = 0.2  # of the measured rise: how near a good prediction is
+CEILING = 100.0  # perplexity ÷ dense: what is above has collapsed, and how far would only flatten all other lines
 
 
 def write_plot(comparison: Comparison, path: Path) -> None:
@@ -31,16 +32,20 @@ def colour_and_style(comparison: Comparison, label: str) -> tuple[str, str]:
 
 
 def draw_ratios(axes: Any, comparison: Comparison) -> None:
-    """Perplexity ÷ dense over rate, one line per method with its standard errors, log scale; 1 is the dense model."""
+    """Perplexity ÷ dense over rate, one line per method with its standard errors, log scale; 1 is the dense model.
+
+    Ratios above CEILING are arrows at it, with their value beside them.
+    """
     for label in comparison.labels:
         cells = [c for c in comparison.cells if c.label == label and c.ratio is not None]
         if not cells:
             continue
         colour, style = colour_and_style(comparison, label)
-        values = [c.ratio.value for c in cells if c.ratio]
-        errors = [c.ratio.standard_error or 0.0 for c in cells if c.ratio]
+        values = [min(c.ratio.value, CEILING) for c in cells if c.ratio]
+        errors = [_drawn_error(c.ratio) for c in cells if c.ratio]
         where = [c.achieved for c in cells]
         axes.errorbar(where, values, errors, color=colour, linestyle=style, marker="o", capsize=3, label=label)
+        _mark_collapsed(axes, cells, colour)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_yscale("log")
     _plain_ticks(axes.yaxis)
@@ -48,6 +53,18 @@ def draw_ratios(axes: Any, comparison: Comparison) -> None:
     axes.set_ylabel("perplexity ÷ dense")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
+
+
+def _drawn_error(ratio: Estimate) -> float:
+    return 0.0 if ratio.value > CEILING else ratio.standard_error or 0.0
+
+
+def _mark_collapsed(axes: Any, cells: list[Cell], colour: str) -> None:
+    for cell in cells:
+        if cell.ratio and cell.ratio.value > CEILING:
+            axes.plot([cell.achieved], [CEILING], marker="^", markersize=10, color=colour)
+            text = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": colour}
+            axes.annotate(f"{cell.ratio.value:.2g}", (cell.achieved, CEILING), (0, 9), **text)
 
 
 def draw_predictions(axes: Any, comparison: Comparison, marked: Cell | None = None) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import runtime_checks.compare as module
 from runtime_checks.compare import Common, Scoring, compare
 from runtime_checks.compare_cell import paired_rise
-from runtime_checks.compare_schema import Comparison, read_comparison
+from runtime_checks.compare_schema import Comparison, Estimate, read_comparison
 from runtime_checks.compare_table import markdown
 from runtime_checks.perplexity import perplexity
 from runtime_checks.tasks import measure_tasks
@@ -167,8 +167,12 @@ def test_tasks_are_scored_in_the_same_run_and_added_to_a_comparison(folder: Path
     scoring = Scoring(str(folder / "test.txt"), CONTEXT, TEST_WINDOWS, 1)
     arguments = (folder / "dense", tmp_path / "out", ["flap"], [RATE], common)
     without = compare(*arguments, scoring)
-    found = compare(*arguments, replace(scoring, tasks=(task,), questions=10), keep=True)
-    assert not without.dense_tasks and found.cells[0].perplexity == without.cells[0].perplexity
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.Ruler, "measure", None)  # a known perplexity is not measured again
+        found = compare(*arguments, replace(scoring, tasks=(task,), questions=10), keep=True)
+    assert not without.dense_tasks and found.cells[0] == without.cells[0].model_copy(
+        update={"tasks": found.cells[0].tasks}
+    )
     own = measure_tasks([folder / "dense", tmp_path / "out" / "checkpoints" / "flap-0.15"], [task], limit=10)
     assert found.dense_tasks[0].chosen == own.results[0].chosen
     assert found.cells[0].tasks[0].chosen == own.results[1].chosen
@@ -184,6 +188,20 @@ def test_tasks_are_scored_in_the_same_run_and_added_to_a_comparison(folder: Path
     assert compare(*arguments, replace(scoring, tasks=(moved,), questions=10)).cells == found.cells
     with pytest.raises(UserError, match="more than the context"):
         compare(*arguments, replace(scoring, tasks=(task.with_name("long.jsonl"),)))
+
+
+def test_collapsed_methods_do_not_flatten_the_picture(resumed: tuple[Comparison, Comparison, Path]) -> None:
+    from matplotlib.figure import Figure
+
+    from runtime_checks.compare_plot import CEILING, draw_ratios
+
+    _, found, _ = resumed
+    far = Estimate(value=2.1e6, standard_error=6e5)
+    collapsed = [c.model_copy(update={"ratio": far}) if c.label == "flap" and c.ratio else c for c in found.cells]
+    axes = Figure().subplots()
+    draw_ratios(axes, found.model_copy(update={"cells": collapsed}))
+    assert axes.get_ylim()[1] < 2 * CEILING
+    assert [text.get_text() for text in axes.texts] == ["2.1e+06"]
 
 
 def test_checkpoints_go_unless_kept_and_a_gguf_is_measured_too(folder: Path, tmp_path: Path) -> None:
