@@ -17,13 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from sola_edge.errors import UserError
 from sola_edge.files import replace_folder
 
 MODULE = "onnxruntime_genai.models.builder"
 NOT_THERE = re.compile(r"cannot import name '(\w+)' from 'transformers'")
 
 
-class BuilderError(Exception):
+class BuilderError(UserError):
     """The builder could not make the graph: one line with its own reason."""
 
 

@@ -18,28 +18,32 @@ is that of model.onnx and its weights, without tokenizer and configuration. Noth
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from genai_builder import BuilderError, build
-from random_models import KINDS, Shape, describe, layouts_of, work_folder, write_model
-from rich import box
+from genai_builder import build
+from random_models import KINDS, Shape, work_folder
 from rich.console import Console
-from rich.table import Table
+from speed import (
+    Exported,
+    Load,
+    RandomModels,
+    Row,
+    add_load,
+    check_kinds,
+    load_of,
+    peaks,
+    print_facts,
+    print_rows,
+    record,
+    rows_of,
+    speeds,
+)
 
 from exporters.onnx import PRECISIONS, export
-from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, WARM_UP, bench_group, check_sizes, subjects_of
-from runtime_checks.machine import checked_threads, machine, packages
-from runtime_checks.process import CheckError
-from runtime_checks.schema import BUSY, Result, Skipped, Speed
-from runtime_checks.subject import Subject
 from sola_edge.checkpoint import copy_checkpoint, open_checkpoint
 from sola_edge.errors import UserError
-from sola_edge.progress import status
 from sola_edge.smollm2 import smollm2_gguf
 
 AS_FAST = 0.98  # wanted of our dense graph against the builder's, and of narrow models per byte saved
@@ -48,177 +52,31 @@ MEMORY_SLACK = 1.03  # times the ratio of bytes
 SPEED, MEMORY = "onnxruntime-genai", "onnxruntime"
 
 
-@dataclass(frozen=True)
-class Load:
-    """What is run: tokens of the prompt and of the decoding, rounds, threads."""
-
-    prompt: int = 512
-    generate: int = 128
-    rounds: int = 5
-    threads: int = 1
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A figure over rounds, `runs` in their order."""
-
-    median: float
-    minimum: float
-    maximum: float
-    runs: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(statistics.median(values), min(values), max(values), tuple(values))
-
-
-@dataclass(frozen=True)
-class Row:
-    """A graph against another of the same precision. ratio: candidate / baseline, round by round.
-
-    test: pp512, tg128 (tokens per second) or peak (bytes). wanted: the least ratio that is wanted of a speed, the greatest of
-    a peak. bytes: of the graph and its weights. others_busy: share of the cores that other programs took just before the
-    rounds; null where it was not noted. reason: why there are no figures.
-    """
-
-    candidate: str
-    baseline: str
-    precision: str
-    test: str
-    figures: Spread | None = None
-    baseline_figures: Spread | None = None
-    ratio: Spread | None = None
-    wanted: float | None = None
-    bytes: int | None = None
-    baseline_bytes: int | None = None
-    others_busy: float | None = None
-    reason: str = ""
-
-    @property
-    def reached(self) -> bool | None:
-        """Whether the median is what was wanted; None without figures."""
-        if self.ratio is None or self.wanted is None:
-            return None
-        return self.ratio.median <= self.wanted if self.test == "peak" else self.ratio.median >= self.wanted
-
-
 @dataclass
-class Models:
-    """Checkpoints and graphs under a folder, each made when it is first asked for; `facts`: of the random ones."""
-
-    folder: Path
-    shape: Shape = field(default_factory=Shape)
-    rate: float = 0.3
-    facts: dict[str, dict[str, object]] = field(default_factory=dict)
+class Models(RandomModels):
+    """Checkpoints and graphs."""
 
     def smollm2(self) -> Path:
         """SmolLM2-135M as a dense Hugging Face folder."""
         target = self.folder / "smollm2" / "checkpoint"
-        return self._made(target, lambda: copy_checkpoint(open_checkpoint(smollm2_gguf()), target))
-
-    def random(self, kind: str) -> Path:
-        """A random checkpoint: dense, or of one of `KINDS`. Raises UserError where the shape is too small for the rate."""
-        layouts = layouts_of(kind, self.shape, self.rate)
-        self.facts[kind] = describe(self.shape, layouts)
-        name = f"{kind}-{self.shape.name}" + (f"-{self.rate:g}" if layouts else "")
-        target = self.folder / name / "checkpoint"
-        return self._made(target, lambda: write_model(target, self.shape, layouts))
+        return self.made(target, lambda: copy_checkpoint(open_checkpoint(smollm2_gguf()), target))
 
     def ours(self, checkpoint: Path, precision: str) -> Path:
         """Our graph of a checkpoint. Raises UserError, for a precision that there is not too."""
         if precision not in PRECISIONS:
             raise UserError(f"our exporter has no {precision} yet (it has {', '.join(PRECISIONS)})")
         target = checkpoint.with_name(precision)
-        return self._made(target, lambda: export(checkpoint, target, graph="genai", precision=precision))
+        return self.made(target, lambda: export(checkpoint, target, graph="genai", precision=precision))
 
     def builders(self, checkpoint: Path, precision: str) -> Path:
         """The builder's graph of a dense checkpoint. Raises BuilderError."""
         target = checkpoint.with_name(f"builder-{precision}")
-        return self._made(target, lambda: build(checkpoint, target, precision))
-
-    def _made(self, target: Path, make: Callable[[], Any]) -> Path:
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with status(f"making {target.relative_to(self.folder)}"):
-                make()
-        return target
+        return self.made(target, lambda: build(checkpoint, target, precision))
 
 
-@dataclass(frozen=True)
-class Graph:
-    """An export under the name that the table gives it."""
-
-    name: str
-    folder: Path
-
-    @property
-    def bytes(self) -> int:
-        """Of the graph and its weights."""
-        return sum(path.stat().st_size for path in self.folder.glob("model.onnx*"))
-
-    def subject(self, runtime: str) -> Subject:
-        """To be run in that runtime. Raises CheckError where it cannot be run here."""
-        skipped: list[Skipped] = []
-        for found in subjects_of(self.name, self.folder, skipped):
-            if found.row.name == runtime:
-                return found
-        raise CheckError(skipped[0].reason if skipped else f"{runtime} does not take {self.folder}")
-
-
-def speeds(
-    candidate: Graph, baseline: Graph, precision: str, load: Load, share: float, per_byte: bool = False
-) -> list[Row]:
-    """Prefill and decode of a candidate and its baseline, in turn, once with either of them started first.
-
-    The same graph decoded 2 to 10 % slower where it was started first, so half of the ratios are of each order. The first round
-    of each order is run and dropped: in it the graph that comes first was seen to read its prompt at half its speed. Wanted is
-    that share of the baseline's speed; with `per_byte`, of that times baseline's bytes / candidate's. Raises CheckError.
-    """
-    runs: dict[tuple[str, int], list[float]] = {}
-    busy, tests = 0.0, {}
-    for order in ((0, 1), (1, 0)):
-        subjects = [graph.subject(SPEED) for graph in (candidate, baseline)]
-        bench_group([subjects[i] for i in order], load.prompt, load.generate, 1 + load.rounds, load.threads)
-        for i, result in enumerate(subject.result() for subject in subjects):
-            for phase in ("prefill", "decode"):
-                speed = _speed(result, phase)
-                tests[phase] = speed.test
-                runs.setdefault((phase, i), []).extend(speed.runs[1:])
-            busy = max(busy, result.throughput.others_busy if result.throughput else 0.0)
-    wanted = share * baseline.bytes / candidate.bytes if per_byte else share
-    rows = []
-    for phase, test in tests.items():
-        ours, theirs = runs[phase, 0], runs[phase, 1]
-        ratio = Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
-        figures = Spread.of(ours), Spread.of(theirs)
-        names = candidate.name, baseline.name
-        rows.append(Row(*names, precision, test, *figures, ratio, wanted, candidate.bytes, baseline.bytes, busy))
-    return rows
-
-
-def _speed(result: Result, phase: str) -> Speed:
-    if result.throughput is None:
-        raise CheckError("; ".join(result.reasons) or f"{result.model} was not measured")
-    return result.throughput.prefill if phase == "prefill" else result.throughput.decode
-
-
-def peaks(candidate: Graph, baseline: Graph, precision: str, load: Load) -> Row:
-    """Resident peak of fresh processes, candidate and baseline in turn, one at a time. Raises CheckError."""
-    rounds = [(_peak(candidate, load), _peak(baseline, load)) for _ in range(load.rounds)]
-    ours, theirs = zip(*rounds, strict=True)
-    ratio = Spread.of([a / b for a, b in rounds])
-    wanted = MEMORY_SLACK * candidate.bytes / baseline.bytes
-    figures, sizes = (Spread.of(ours), Spread.of(theirs)), (candidate.bytes, baseline.bytes)
-    return Row(candidate.name, baseline.name, precision, "peak", *figures, ratio, wanted, *sizes)
-
-
-def _peak(graph: Graph, load: Load) -> float:
-    """Bytes."""
-    subject = graph.subject(MEMORY)
-    with ExitStack() as stack:
-        subject.start(stack, load.threads, load.prompt + WARM_UP)
-        subject.measure_memory(load.prompt, VOCABULARY_OF_ANY_MODEL, WARM_UP)
-    return float(subject.found["memory"].peak)
+def graph(name: str, folder: Path) -> Exported:
+    """An exported graph; its bytes are those of the graph and its weights."""
+    return Exported(name, folder, sum(path.stat().st_size for path in folder.glob("model.onnx*")), SPEED, MEMORY)
 
 
 def against_builder(models: Models, which: str, precisions: Sequence[str], load: Load) -> list[Row]:
@@ -226,10 +84,10 @@ def against_builder(models: Models, which: str, precisions: Sequence[str], load:
     checkpoint = models.smollm2() if which == "smollm2" else models.random("dense")
 
     def measure(candidate: str, baseline: str, precision: str) -> list[Row]:
-        ours = Graph(candidate, models.ours(checkpoint, precision))
-        return speeds(ours, Graph(baseline, models.builders(checkpoint, precision)), precision, load, AS_FAST)
+        ours = graph(candidate, models.ours(checkpoint, precision))
+        return speeds(ours, graph(baseline, models.builders(checkpoint, precision)), precision, load, AS_FAST)
 
-    return _rows([(f"{which} ours", "builder's", precision) for precision in precisions], measure)
+    return rows_of([(f"{which} ours", "builder's", precision) for precision in precisions], measure)
 
 
 def against_dense(
@@ -241,87 +99,13 @@ def against_dense(
     """
 
     def measure(candidate: str, baseline: str, precision: str) -> list[Row]:
-        first, second = (Graph(kind, models.ours(models.random(kind), precision)) for kind in (candidate, baseline))
+        first, second = (graph(kind, models.ours(models.random(kind), precision)) for kind in (candidate, baseline))
         if memory:
-            return [peaks(first, second, precision, load)]
+            return [peaks(first, second, precision, load, MEMORY_SLACK)]
         share = AS_FAST if candidate == "narrow" else HYBRID_SHARE
         return speeds(first, second, precision, load, share, per_byte=True)
 
-    return _rows([(kind, "dense", precision) for precision in precisions for kind in kinds], measure)
-
-
-def _rows(comparisons: Sequence[tuple[str, str, str]], measure: Callable[[str, str, str], list[Row]]) -> list[Row]:
-    """Rows of all comparisons (candidate, baseline, precision); one that fails is a row with its reason."""
-    rows: list[Row] = []
-    for comparison in comparisons:
-        try:
-            rows += measure(*comparison)
-        except (UserError, CheckError, BuilderError) as error:
-            rows.append(Row(*comparison, "", reason=str(error)))
-    return rows
-
-
-def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """One table, then the sizes, what could not be measured, and what makes the figures doubtful."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("graph", "test", "median\n\\[over rounds]", "the other's", "ratio\n\\[of one round]", "wanted"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        if row.ratio is not None:
-            table.add_row(*_cells(row), style="red" if row.reached is False else None)
-    if table.row_count:
-        console.print(table)
-    told = [_size(row) for row in rows if row.bytes]
-    told += [f"{_what(row)}: not measured: {row.reason}" for row in rows if row.reason]
-    busy = max((row.others_busy or 0.0 for row in rows), default=0.0)
-    if busy > BUSY:
-        told.append(f"Other programs kept up to {busy:.0%} of the cores busy: speeds are not to be relied on.")
-    for line in dict.fromkeys(told):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _what(row: Row) -> str:
-    return f"{row.candidate} against {row.baseline}, {row.precision}"
-
-
-def _size(row: Row) -> str:
-    assert row.bytes and row.baseline_bytes
-    ratio = row.baseline_bytes / row.bytes
-    return f"{_what(row)}: {row.bytes / 1e6:,.1f} MB, {row.baseline_bytes / 1e6:,.1f} MB; bytes ratio {ratio:.3f}"
-
-
-def _cells(row: Row) -> list[str]:
-    assert row.figures and row.baseline_figures and row.ratio and row.wanted
-    peak = row.test == "peak"
-    figures = [_shown(spread, 1e6 if peak else 1.0, 1) for spread in (row.figures, row.baseline_figures)]
-    test, wanted = f"{row.test}\n{'MB' if peak else 'tok/s'}", f"{'≤' if peak else '≥'} {row.wanted:.3f}"
-    graph = f"{row.candidate} {row.precision}\nagainst {row.baseline}"
-    return [graph, test, *figures, _shown(row.ratio, 1.0, 3), wanted]
-
-
-def _shown(spread: Spread, unit: float, digits: int) -> str:
-    shown = [value / unit for value in (spread.minimum, spread.median, spread.maximum)]
-    low, middle, high = (f"{value:.{0 if shown[1] >= 1000 else digits}f}" for value in shown)
-    return f"{middle}\n\\[{low}–{high}]"
-
-
-def print_facts(facts: dict[str, dict[str, Any]], console: Console) -> None:
-    """Parameters and rate of each random model."""
-    for kind, known in facts.items():
-        console.print(f"{kind}: {known['parameters']:,} parameters, rate {known['rate']:.4f}", highlight=False)
-
-
-def record(asked: argparse.Namespace, models: Models, rows: Sequence[Row], load: Load) -> dict[str, Any]:
-    """Everything for the JSON file."""
-    return {
-        "benchmark": asked.benchmark,
-        "machine": machine(load.threads).model_dump(),
-        "packages": packages(),
-        "load": asdict(load),
-        "shape": asdict(models.shape),
-        "models": models.facts,
-        "rows": [{**asdict(row), "reached": row.reached} for row in rows],
-    }
+    return rows_of([(kind, "dense", precision) for precision in precisions for kind in kinds], measure)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -337,19 +121,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--rate", type=float, default=0.3)
     for command in (builder, *against):
         command.add_argument("--precision", default="fp32,int4")
-        for name in ("prompt", "generate", "rounds"):
-            command.add_argument(f"--{name}", type=int, default=getattr(Load, name))
-        command.add_argument("--threads", type=int, help="default: all cores")
-        command.add_argument("--work", type=Path, help="folder that keeps models and exports for another run")
-        command.add_argument("--out", type=Path, help="JSON file to write")
-        Shape.add_options(command, Shape())
+        add_load(command)
     return parser.parse_args(arguments)
 
 
 def run(asked: argparse.Namespace, console: Console) -> list[Row]:
     """Run one benchmark as asked, print it and write its JSON. Raises UserError for impossible options."""
-    check_sizes(asked.prompt, asked.generate, asked.rounds)
-    load = Load(asked.prompt, asked.generate, asked.rounds, checked_threads(asked.threads))
+    load = load_of(asked)
     precisions = asked.precision.split(",")
     with work_folder(asked.work) as folder:
         models = Models(folder, Shape.asked(asked), getattr(asked, "rate", 0.3))
@@ -357,14 +135,12 @@ def run(asked: argparse.Namespace, console: Console) -> list[Row]:
             rows = against_builder(models, asked.model, precisions, load)
         else:
             kinds = asked.kinds.split(",")
-            unknown = [kind for kind in kinds if kind not in KINDS]
-            if unknown:
-                raise UserError(f"there is no kind {unknown[0]!r} of model; choose from: {', '.join(KINDS)}")
+            check_kinds(kinds)
             rows = against_dense(models, kinds, precisions, load, memory=asked.benchmark == "memory")
         print_facts(models.facts, console)
         print_rows(rows, console)
         if asked.out:
-            asked.out.write_text(json.dumps(record(asked, models, rows, load), indent=2))
+            asked.out.write_text(json.dumps(record(asked, models.facts, rows, load), indent=2))
     return rows
 
 

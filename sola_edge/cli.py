@@ -240,15 +240,18 @@ def llama_build(
     source: Annotated[
         Path | None, typer.Option(help="A llama.cpp checkout of your own instead of the pinned one; it is only read.")
     ] = None,
+    stock: Annotated[bool, typer.Option("--stock", help="Without the addition: runs dense and narrow files.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build it into the cache folder; a second run builds nothing. Checks use the build of the pinned one alone.
+    """Build it into the cache folder; a second run builds nothing.
+
+    Checks use the build of the pinned one with the addition, or that in the folder that $SOLA_EDGE_LLAMA_CPP names.
 
     Example: sola-edge llama-cpp build --jobs 2
     """
     from exporters.llama_cpp import build, info
 
-    made = build(jobs=jobs, cmake_args=tuple(cmake_arg or ()), checkout=source)
+    made = build(jobs=jobs, cmake_args=tuple(cmake_arg or ()), checkout=source, addition=not stock)
     _print(info(made), "llama.cpp", as_json)
 
 

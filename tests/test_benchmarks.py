@@ -4,13 +4,16 @@ import argparse
 import json
 from pathlib import Path
 
+import llama_cpp_speed
 import onnx_export
 import pytest
 from genai_builder import BuilderError, build
-from onnx_speed import Load, Models, Row, Spread, against_builder, against_dense, parse, run
+from onnx_speed import Models, against_builder, against_dense, parse, run
 from random_models import KINDS, Shape, achieved_rate, layouts_of, write_model
 from rich.console import Console
+from speed import Load, Row, Spread
 
+from exporters.llama_cpp import Build
 from runtime_checks import check_parity
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.config import RATE_TOLERANCE, rate_of
@@ -106,6 +109,40 @@ def test_reached_looks_at_the_right_side() -> None:
     assert ratio == Spread(1.0, 0.9, 1.1, (0.9, 1.1, 1.0))
     for test, wanted, reached in (("tg8", 0.98, True), ("tg8", 1.2, False), ("peak", 0.98, False), ("peak", 1.2, True)):
         assert Row("a", "b", "fp32", test, ratio=ratio, wanted=wanted).reached is reached
+
+
+@pytest.mark.slow
+def test_gguf_files_in_llama_cpp_as_the_command_does(tmp_path: Path, llama_cpp_build: Build) -> None:
+    """Speed, memory, and the graph's operations: two networks instead of one, and nothing is joined or copied."""
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items()]
+    load = [f"--{name}={value}" for name, value in vars(BRIEF).items()]
+    out = tmp_path / "found.json"
+    asked = ["hybrid", "memory", "nodes", *sizes, *load, "--types=f16,q8_0", f"--work={tmp_path}", f"--out={out}"]
+    rows = llama_cpp_speed.run(llama_cpp_speed.parse(asked), Console(quiet=True))
+    tests = ("pp8", "tg3", "peak, mapped", "buffer, mapped", "peak, read", "buffer, read")
+    found = [(row.precision, row.test) for row in rows]
+    assert sorted(found) == sorted((type, test) for type in ("f16", "q8_0") for test in tests)
+    for row in rows:
+        assert row.ratio and row.wanted and row.bytes and row.baseline_bytes, row.reason
+        share = 1 / 1.02 if row.sized else 0.97
+        assert row.wanted == pytest.approx((share * row.baseline_bytes / row.bytes) ** (-1 if row.sized else 1))
+        if row.test == "buffer, read":
+            assert row.figures and row.figures.median == pytest.approx(
+                row.bytes, rel=0.15
+            )  # told in hundredths of a MiB
+    recorded = json.loads(out.read_text())
+    assert (
+        8.5 < recorded["models"]["hybrid"]["q8_0"]["bits_per_weight"] < 16
+    )  # with norms, and ranks that are no whole blocks
+    dense, hybrid = (recorded["nodes"][kind] for kind in ("dense", "hybrid"))
+    assert dense["MUL_MAT"] == 7 and dense["SWIGLU"] == 1
+    assert hybrid["MUL_MAT"] == 7 + 2 + 6 and hybrid["SWIGLU"] == 2  # q and o in two; gate, up and down in three each
+    assert not {"CONCAT", "CONT", "CPY"} & hybrid.keys()
+
+
+def test_a_part_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UserError, match="no benchmark 'speed'"):
+        llama_cpp_speed.run(llama_cpp_speed.parse(["speed"]), Console(quiet=True))
 
 
 def test_an_export_beside_a_copy(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from llama_cpp_runner import Refused, llama_cpp_logits, probe, rewritten
 
 from exporters.gguf import export
 from exporters.llama_cpp import Build, CompilerMissing, build, edits, find, info, source_tree
+from runtime_checks.runtimes import RUNTIMES
 from sola_edge.errors import UserError
 from sola_edge.testing import tiny_checkpoint
 
@@ -62,7 +63,7 @@ def test_a_changed_source_is_refused_untouched(tmp_path: Path, change: str) -> N
     with pytest.raises(UserError) as error:
         edits.apply(folder)
     assert insertion.file in str(error.value)
-    assert change == "missing file" or insertion.anchor in str(error.value)
+    assert change == "missing file" or insertion.anchor.strip() in str(error.value)
     assert contents(folder) == before
 
 
@@ -115,6 +116,26 @@ def test_a_checkout_of_ones_own_is_built_from_a_copy(tmp_path: Path, monkeypatch
     assert contents(checkout) == before and find() is None
     (checkout / "src" / "new.cpp").write_text("int x;")
     assert build(cmake_args=("-DGGML_VULKAN=ON",), checkout=checkout) != first and len(compiled) == 2
+
+
+def test_a_stock_build_has_no_addition_and_is_used_only_when_it_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_(patched: Path, work: Path, cmake_args: list[str], jobs: int) -> None:
+        assert not any((patched / "src" / name).exists() for name in edits.OUR_FILES)
+        (work / "build" / "bin").mkdir(parents=True)
+
+    monkeypatch.setattr(sys.modules["exporters.llama_cpp.build"], "_compile", compile_)
+    monkeypatch.setenv("SOLA_EDGE_CACHE", str(tmp_path / "cache"))
+    stock = build(checkout=skeleton(tmp_path / "checkout"), addition=False)
+    assert stock.manifest()["addition"] is None and find() is None
+    monkeypatch.setenv("SOLA_EDGE_LLAMA_CPP", str(stock.folder))
+    assert find() == stock
+    missing = RUNTIMES["llama.cpp"].missing()
+    assert missing is not None and "no Python bindings" in missing
+    monkeypatch.setenv("SOLA_EDGE_LLAMA_CPP", str(tmp_path))
+    with pytest.raises(UserError, match=r"is no build of `sola-edge llama-cpp build`"):
+        find()
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Build the pinned llama.cpp, or a user's own checkout, with our addition, once, into the cache folder.
+"""Build the pinned llama.cpp, or a user's own checkout, with our addition or without, once, into the cache folder.
 
 A finished build is a folder named after what determines it (version or checkout, our addition, cmake arguments, processor):
 `bin` holds tools and shared libraries side by side, `python` the ctypes package `llama_cpp` (of the pinned one alone: it fits
@@ -42,6 +42,7 @@ CMAKE_ARGS = (
 # (ggml-org/llama.cpp#20824); without the macro ggml takes its AVX-512 kernels instead.
 WITHOUT_AMX = tuple(f"-DCMAKE_{language}_FLAGS_RELEASE=-O3 -DNDEBUG -U__AMX_INT8__" for language in ("C", "CXX"))
 MANIFEST = "build.json"
+CHOSEN = "SOLA_EDGE_LLAMA_CPP"  # environment variable: folder of the build that is to be used
 OWN = "own"  # stands for the version of a user's checkout
 # what a build reads of a checkout
 COMPILED = ("CMakeLists.txt", "cmake", "common", "ggml", "include", "src", "tools", "vendor")
@@ -90,14 +91,17 @@ class Build:
         return json.loads((self.folder / MANIFEST).read_text())
 
 
-def build(jobs: int | None = None, cmake_args: Sequence[str] = (), checkout: Path | None = None) -> Build:
+def build(
+    jobs: int | None = None, cmake_args: Sequence[str] = (), checkout: Path | None = None, addition: bool = True
+) -> Build:
     """The build with these extra cmake arguments, made now if it is not there (about 5 to 15 core minutes).
 
     `jobs`: compiler processes, by default as many as cores and memory allow. checkout: a llama.cpp of one's own instead of the
-    pinned one; it is read and left as it is. Raises toolchain.CompilerMissing without a C++ compiler and UserError when the
-    source cannot be had or the addition does not fit it, a tool is missing or the compilation fails.
+    pinned one; it is read and left as it is. addition: False makes the unmodified llama.cpp that others have.
+    Raises toolchain.CompilerMissing without a C++ compiler and UserError when the source cannot be had or the addition does not
+    fit it, a tool is missing or the compilation fails.
     """
-    manifest = _manifest(cmake_args, checkout)
+    manifest = _manifest(cmake_args, checkout, addition)
     folder = _folder(manifest)
     if not (folder / MANIFEST).is_file():
         compilers()
@@ -108,7 +112,17 @@ def build(jobs: int | None = None, cmake_args: Sequence[str] = (), checkout: Pat
 
 
 def find() -> Build | None:
-    """The newest finished build of the pinned version with this addition for this processor, or None; builds nothing."""
+    """The build that CHOSEN names, else the newest of the pinned version with this addition for this processor, or None.
+
+    Builds nothing. Raises UserError where CHOSEN is set and names no build.
+    """
+    chosen = os.environ.get(CHOSEN)
+    if chosen:
+        if not (Path(chosen) / MANIFEST).is_file():
+            raise UserError(
+                f"{CHOSEN}={chosen} is no build of `sola-edge llama-cpp build`: it has no {MANIFEST}; unset it"
+            )
+        return Build(Path(chosen))
     wanted = _manifest(())
     del wanted["cmake_args"]
     manifests = sorted(source.cache_folder().glob(f"build-*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
@@ -132,13 +146,13 @@ def info(found: Build | None = None) -> dict[str, Any]:
     }
 
 
-def _manifest(cmake_args: Sequence[str], checkout: Path | None = None) -> dict[str, Any]:
+def _manifest(cmake_args: Sequence[str], checkout: Path | None = None, addition: bool = True) -> dict[str, Any]:
     commit = source.LLAMA_CPP_COMMIT if checkout is None else OWN
-    named = f"-DLLAMA_BUILD_COMMIT={commit}-sola-edge"
+    named = f"-DLLAMA_BUILD_COMMIT={commit}{'-sola-edge' if addition else ''}"
     manifest = {
         "version": source.VERSION if checkout is None else OWN,
         "llama_cpp_commit": commit,
-        "addition": edits.fingerprint(),
+        "addition": edits.fingerprint() if addition else None,
         "cmake_args": [*CMAKE_ARGS, named, *(WITHOUT_AMX if os.name == "posix" else ()), *cmake_args],
         "processor": _processor(),
     }
@@ -176,13 +190,14 @@ def _build_into(folder: Path, manifest: dict[str, Any], jobs: int, checkout: Pat
     work = folder.with_name(f"{folder.name}.work")
     patched = work / "llama.cpp"
     if not patched.is_dir():
-        with status("Adding factored weights to llama.cpp"), replace_folder(patched) as partial:
+        with status("Preparing the source of llama.cpp"), replace_folder(patched) as partial:
             if checkout:
                 _copy_checkout(checkout, partial)
             else:
                 pinned = source.source_tree() / "vendor" / "llama.cpp"
                 shutil.copytree(pinned, partial, copy_function=_link, dirs_exist_ok=True)
-            edits.apply(partial)
+            if manifest["addition"]:
+                edits.apply(partial)
     _compile(patched, work, manifest["cmake_args"], jobs)
     with replace_folder(folder) as partial:
         shutil.copytree(work / "build" / "bin", partial / "bin", symlinks=True, copy_function=_link)

@@ -80,6 +80,27 @@ INSERTIONS = (
         "ggml_mul_mat(ctx0, w, cur);",
         "factors && factors->has(w) ? factors->mul_mat(ctx0, w, cur) : ",
     ),
+    # a feed-forward network of which some neurons are kept as they are: two networks, whose sum it is. Adapters add to the
+    # product of a whole weight, biases and scales are as long as one: with those the weights are multiplied one by one
+    Insertion(
+        "src/llama-graph.cpp",
+        "    ggml_tensor * tmp = up ? build_lora_mm(up, cur) : cur;\n",
+        """\
+    llama_factors::ffn prime, rest;
+    if (factors && type_gate == LLM_FFN_PAR && loras->empty() && !up_b && !up_s && !gate_b && !gate_s && \
+!down_s && !act_scales &&
+            factors->split({ up, gate, down }, prime, rest)) {
+        const auto branch = [&](const llama_factors::ffn & w) {
+            return build_ffn(cur, w.up, nullptr, nullptr, w.gate, nullptr, nullptr, \
+w.down, nullptr, nullptr, nullptr, type_op, type_gate, il);
+        };
+        ggml_tensor * kept = branch(prime);
+        ggml_tensor * res  = ggml_add(ctx0, kept, branch(rest));
+        return down_b ? ggml_add(ctx0, res, down_b) : res;
+    }
+
+""",
+    ),
 )
 
 

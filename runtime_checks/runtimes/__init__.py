@@ -48,8 +48,11 @@ def _llama_cpp_missing() -> str | None:
         from exporters import llama_cpp
     except ImportError as error:
         return f"exporters.llama_cpp cannot be imported: {error}"
-    if llama_cpp.find() is None:
+    build = llama_cpp.find()
+    if build is None:
         return "no llama.cpp build was found (make one with `sola-edge llama-cpp build`; it needs a C++ compiler)"
+    if not build.python.is_dir():
+        return f"the llama.cpp in {build.folder} has no Python bindings: they fit the pinned version alone"
     return None
 
 

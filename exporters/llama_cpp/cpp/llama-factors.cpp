@@ -8,6 +8,8 @@
 #include <cinttypes>
 #include <cstring>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 static const char * const SUFFIX_PRIME = "prime.weight";
 static const char * const SUFFIX_A     = "lr_a.weight";
@@ -145,6 +147,18 @@ ggml_tensor * llama_factors::create_handle(llama_model_base & model, llama_model
         return nullptr; // skipped
     }
 
+    const std::string name = tn.str();
+    if (e->prime && e->a) {
+        auto low_rank = std::make_unique<entry>();
+        low_rank->a     = e->a;
+        low_rank->b     = e->b;
+        low_rank->pivot = e->pivot;
+        e->rest = add(std::move(low_rank), e->a->ne[0], e->b->ne[1] + (e->pivot ? e->a->ne[1] : 0), (name + ".rest").c_str());
+    }
+    return add(std::move(e), n_in, n_out, name.c_str());
+}
+
+ggml_tensor * llama_factors::add(std::unique_ptr<entry> e, int64_t n_in, int64_t n_out, const char * name) {
     ggml_tensor & w = e->handle;
     w.type = GGML_TYPE_F32;
     w.ne[0] = n_in;
@@ -155,7 +169,7 @@ ggml_tensor * llama_factors::create_handle(llama_model_base & model, llama_model
     for (int i = 1; i < GGML_MAX_DIMS; i++) {
         w.nb[i] = w.nb[i - 1] * w.ne[i - 1];
     }
-    ggml_set_name(&w, tn.str().c_str());
+    ggml_set_name(&w, name);
 
     return &entries.emplace(&w, std::move(e)).first->second->handle;
 }
@@ -190,6 +204,27 @@ std::vector<const ggml_tensor *> llama_factors::parts(const ggml_tensor * w) con
 
 bool llama_factors::has(const ggml_tensor * w) const {
     return entries.find(w) != entries.end();
+}
+
+bool llama_factors::split(const ffn & whole, ffn & prime, ffn & rest) const {
+    const auto entry_of = [&](const ggml_tensor * w) -> const entry * {
+        const auto it = entries.find(w);
+        return it == entries.end() || !it->second->rest ? nullptr : it->second.get();
+    };
+    const entry * up   = entry_of(whole.up);
+    const entry * gate = entry_of(whole.gate);
+    const entry * down = entry_of(whole.down);
+    if (!up || !gate || !down) {
+        return false;
+    }
+    const int64_t n = down->prime->ne[0];
+    // up and gate by their rows, down by its columns
+    if (down->a->ne[0] == whole.down->ne[0] || up->prime->ne[1] != n || gate->prime->ne[1] != n || up->a->ne[0] != whole.up->ne[0] || gate->a->ne[0] != whole.gate->ne[0]) {
+        return false;
+    }
+    prime = { up->prime, gate->prime, down->prime };
+    rest  = { up->rest,  gate->rest,  down->rest  };
+    return true;
 }
 
 ggml_tensor * llama_factors::mul_mat(ggml_context * ctx, ggml_tensor * w, ggml_tensor * cur) const {

@@ -23,6 +23,9 @@
 // The feed-forward network of a layer may have fewer neurons than the metadata says. The tensors of its down projection,
 // stored as above, tell how many, and gate, up and their biases must agree.
 //
+// Where gate, up and down are all split at the same neuron, build_ffn() makes two feed-forward networks of them, the kept
+// neurons and the rest, and adds what they give: no concat, and the kept ones keep a backend's fused gate and up.
+//
 // Loading puts a handle with W's name and shape, but no data, in the place of W; build_lora_mm() multiplies through
 // the tensors behind it when it meets a handle. The handles belong to the model and are freed with it. They are written
 // while the model is loaded and only read afterwards, so any number of contexts may use them at the same time.
@@ -58,6 +61,16 @@ public:
 
     bool has(const ggml_tensor * w) const;
 
+    // the weights of a feed-forward network
+    struct ffn {
+        ggml_tensor * up;
+        ggml_tensor * gate;
+        ggml_tensor * down;
+    };
+
+    // the two networks that `whole` is the sum of, kept neurons first; false if its weights are not split at one neuron
+    bool split(const ffn & whole, ffn & prime, ffn & rest) const;
+
     // W cur for a handle, [n_in, ...] -> [n_out, ...]; ggml_mul_mat for an ordinary tensor
     ggml_tensor * mul_mat(ggml_context * ctx, ggml_tensor * w, ggml_tensor * cur) const;
 
@@ -68,7 +81,10 @@ private:
         ggml_tensor * a      = nullptr;
         ggml_tensor * b      = nullptr;
         bool          pivot  = false;   // the first rows of the low-rank part are those of A
+        ggml_tensor * rest   = nullptr; // handle of the low-rank part alone, of a weight that is split
     };
+
+    ggml_tensor * add(std::unique_ptr<entry> e, int64_t n_in, int64_t n_out, const char * name);
 
     ggml_tensor * create_handle(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, int64_t n_in, int64_t n_out, int flags);
 
