@@ -11,7 +11,6 @@ line says how far doubling is from doubling.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from peak import peak_of
 from rich.console import Console
 from rich.table import Table
 
@@ -54,14 +54,8 @@ def compressed(what: str, model: Path, layers: int, tokens: int, window: int, op
         command += ["--window", str(window), "--windows", str(tokens // window), *options]
         environment = {**os.environ, "SOLA_EDGE_CACHE": f"{scratch}/cache"}
         start = time.perf_counter()
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        assert child.stderr is not None
-        said = child.stderr.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            raise subprocess.CalledProcessError(child.returncode, command, stderr=said.decode())
-        return Run(what, layers, tokens, time.perf_counter() - start, usage.ru_maxrss * 1024)
+        peak, _ = peak_of(command, environment)
+        return Run(what, layers, tokens, time.perf_counter() - start, peak)
 
 
 def scaling() -> list[Run]:

@@ -23,7 +23,6 @@ import json
 import os
 import re
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from typing import Any
 
 import gguf
 from llama_cpp_nodes import nodes
+from peak import peak_of
 from random_models import Shape, work_folder
 from rich.console import Console
 from speed import (
@@ -144,15 +144,11 @@ def _use(used: Build, path: Path, load: Load, how: str) -> tuple[float, float]:
     """(resident peak, model buffers), bytes, of one llama-bench process. Raises CheckError."""
     sizes = ["-p", str(load.prompt), "-n", "8", "-r", "1", "-t", str(load.threads), "-ngl", "0", "-lm", MODES[how]]
     command = [str(used.tool("llama-bench")), "-m", str(path), *sizes, "-v"]
-    with tempfile.TemporaryFile("w+", errors="replace") as told:
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        told.seek(0)
-        text = told.read()
-    if child.returncode:
-        raise CheckError(f"llama-bench on {path}: code {child.returncode}: {text.strip().splitlines()[-1:]}")
-    return usage.ru_maxrss * 1024.0, sum(float(size) for size in BUFFER.findall(text)) * 2**20
+    try:
+        peak, told = peak_of(command)
+    except subprocess.CalledProcessError as error:
+        raise CheckError(f"llama-bench on {path}: {error.stderr.strip().splitlines()[-1:]}") from error
+    return float(peak), sum(float(size) for size in BUFFER.findall(told)) * 2**20
 
 
 def graph_nodes(models: Models) -> dict[str, dict[str, float]]:

@@ -57,6 +57,10 @@ class Session:
         self.runtime.reset()
         return {"prefill": prefill, "decode": self.runtime.decode(generate)}
 
+    def bos(self) -> dict[str, Any]:
+        """The id that the runtime itself puts before a text, null where it puts none."""
+        return {"bos": self.runtime.bos()}
+
     def generate(self, ids: list[int], count: int, eos: list[int], out: str | None) -> dict[str, Any]:
         """Greedy continuation; the logits of its steps go to `out` where the runtime gives them."""
         found, steps = self.runtime.generate(ids, count, eos)

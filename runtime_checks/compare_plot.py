@@ -63,8 +63,8 @@ def _mark_collapsed(axes: Any, cells: list[Cell], colour: str) -> None:
     for cell in cells:
         if cell.ratio and cell.ratio.value > CEILING:
             axes.plot([cell.achieved], [CEILING], marker="^", markersize=10, color=colour)
-            text = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": colour}
-            axes.annotate(f"{cell.ratio.value:.2g}", (cell.achieved, CEILING), (0, 9), **text)
+            text = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
+            axes.annotate(f"{cell.ratio.value:.2g}", (cell.achieved, CEILING), (9, 0), **text)
 
 
 def draw_predictions(axes: Any, comparison: Comparison, marked: Cell | None = None) -> None:

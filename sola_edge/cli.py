@@ -201,7 +201,7 @@ def export_onnx(
 @export_app.command("gguf")
 def export_gguf(
     checkpoint: Annotated[str, typer.Argument(help="A folder (compressed or dense), a .gguf file, or a hub id.")],
-    out: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    out: Annotated[Path, typer.Argument(help="The .gguf file to write, or a folder to name it in by convention.")],
     type: Annotated[str, typer.Option(help="GGUF type of the matrices: f32, f16, bf16, q8_0, …, q4_k_m, …")] = "f16",
     dense: Annotated[bool, typer.Option(help="Multiply the factors out, for any llama.cpp: saves nothing.")] = False,
     imatrix: Annotated[
@@ -293,6 +293,40 @@ def check_parity(
     source = load_text(text)
     named = {"text_name": source.name, "context": context, "windows": windows, "threads": threads}
     _finish(run(reference, candidates, source.joined, **named), output, as_json)
+
+
+@check_app.command("llama-perplexity")
+def check_llama_perplexity(
+    reference: Annotated[Path, typer.Argument(help="What the files are compared with, e.g. the checkpoint folder.")],
+    candidates: Annotated[list[Path], typer.Argument(help=".gguf files.")],
+    text: Text = "python-reference",
+    context: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows, of which the second halves are scored.")] = 4,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Let llama.cpp's own llama-perplexity compare GGUF files with a reference that PyTorch computes.
+
+    Example: sola-edge check llama-perplexity build/small build/small-f16.gguf --text notes.txt
+    """
+    from runtime_checks.llama_perplexity import judge_by_llama_perplexity
+    from sola_edge.texts import load_text
+
+    source = load_text(text)
+    found = judge_by_llama_perplexity(
+        reference,
+        candidates,
+        source.joined,
+        text_name=source.name,
+        context=context,
+        windows=windows,
+        threads=threads,
+    )
+    if as_json:
+        print(found.model_dump_json())
+        return
+    for judged in found.judged:
+        _print(judged.model_dump(), f"llama-perplexity, {found.protocol.windows} × {context} tokens", False)
 
 
 @check_app.command("perplexity")

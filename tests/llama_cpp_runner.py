@@ -60,8 +60,9 @@ def rewritten(
     target: Path,
     change: Callable[[str, np.ndarray], np.ndarray | None],
     extra: Mapping[str, np.ndarray] = MappingProxyType({}),
+    flags: Mapping[str, bool] = MappingProxyType({}),
 ) -> Path:
-    """The file with each tensor as `change(name, values)` returns it (None: left out), and extra ones.
+    """The file with each tensor as `change(name, values)` returns it (None: left out), extra ones, and flags in its metadata.
 
     Quantized tensors are handed over, and stored, as float32.
     """
@@ -71,6 +72,8 @@ def rewritten(
         if not key.startswith(("GGUF.", "general.architecture")):
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
+    for key, value in flags.items():
+        writer.add_bool(key, value)
     for tensor in reader.tensors:
         values = change(tensor.name, dequantize(tensor.data, tensor.tensor_type))
         if values is not None:

@@ -1,6 +1,7 @@
 """The GGUF export: names, types and sizes by themselves; values against PyTorch through llama.cpp."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,16 @@ def test_factor_tensors_have_the_names_and_shapes_of_the_design(compressed: Path
     assert reader.fields["general.architecture"].contents() == "llama"
     assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_F16
     assert reader.fields["sola.method"].contents() == open_checkpoint(compressed).provenance["method"]
+
+
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+def test_in_a_folder_the_file_is_named_by_convention(dense: Path, tmp_path: Path, type: str) -> None:
+    result = export(dense, tmp_path, type)
+    assert result.path.parent == tmp_path and result.path == next(tmp_path.iterdir())
+    assert re.fullmatch(rf"[\w.-]+-\d+[KM](-[\w.-]+)?-{type.upper()}\.gguf", result.path.name)
+    fields = reader_of(result.path).fields
+    assert f"-{fields['general.size_label'].contents()}" in result.path.name
+    assert fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
 
 
 def test_dense_export_read_back_is_the_checkpoint(dense: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from random_models import Shape, layouts_of, write_model
 from typer.testing import CliRunner
 
 from exporters.gguf import BLOCKS, Importance, export, llama_quantize
+from exporters.gguf.forms import whole_name
 from exporters.llama_cpp import Build
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.cli import app
@@ -89,16 +90,22 @@ def test_rows_that_are_no_whole_blocks_are_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_aligned_factors_fall_back_nowhere(tmp_path: Path, llama_cpp_build: Build) -> None:
     """Ranks and prime counts that `--align auto` gives a model of ordinary width."""
-    shape = Shape(hidden=1024, ffn=2048, layers=2, heads=8, kv_heads=4, vocab=320, context=128)
+    shape = Shape(hidden=1024, ffn=2048, layers=4, heads=8, kv_heads=4, vocab=320, context=128)
     rows = MatrixLayout(1024, 1024, 0, 256)
-    layouts = {(i, "q"): rows for i in range(2)} | {(i, "o"): rows for i in range(2)}
-    layouts |= {(i, c): MatrixLayout(1536, 1024, 512, 256) for i in range(2) for c in ("gate", "up")}
-    layouts |= {(i, "down"): MatrixLayout(1024, 1536, 512, 256, "in") for i in range(2)}
+    layouts = {(i, component): rows for i in range(4) for component in "qo"}
+    layouts |= {(i, c): MatrixLayout(1536, 1024, 512, 256) for i in range(4) for c in ("gate", "up")}
+    layouts |= {(i, "down"): MatrixLayout(1024, 1536, 512, 256, "in") for i in (0, 2, 3)}
+    layouts |= {(1, "down"): MatrixLayout(1024, 1536, 0, 0, "in")}
     source = write_model(tmp_path / "checkpoint", shape, layouts)
     assert layouts_of("dense", shape, 0.3) == {}
     result = export(source, tmp_path / "x.gguf", "q4_k_m")
     assert result.fallbacks == () and not result.stock
     assert set(result.type_counts) == {"F32", "Q4_K", "Q6_K"}
+    dense = types_of(export(source, tmp_path / "dense.gguf", "q4_k_m", dense=True).path)
+    assert {dense[f"blk.{i}.ffn_down.weight"] for i in range(4)} == {"Q4_K", "Q6_K"}
+    for part, kind in types_of(result.path).items():
+        assert kind == dense[whole_name(part)], part  # every part has as many bits as the whole would have
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert_only_activations_differ(result.path, llama_cpp_build)
 
 

@@ -6,6 +6,7 @@ written beside the target and removed.
 """
 
 import math
+import os
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -16,9 +17,9 @@ import numpy as np
 from gguf.quants import quant_shape_to_byte_shape
 
 from exporters.gguf import llama_quantize
-from exporters.gguf.forms import OURS, Form, choose_form, form_metadata, made_plain
+from exporters.gguf.forms import OURS, Form, choose_form, form_metadata, made_plain, whole_name
 from exporters.gguf.llama_quantize import Importance
-from exporters.gguf.metadata import add_metadata, converter_metadata
+from exporters.gguf.metadata import Value, add_metadata, conventional_name, converter_metadata
 from exporters.gguf.names import Names
 from exporters.gguf.tensors import Tensor, expanded, tensors
 from exporters.gguf.types import TYPES, TypeRow, encode, type_row
@@ -56,6 +57,8 @@ def export(
 ) -> GGUFExport:
     """Write the checkpoint as a GGUF file of the type (a name of `types.TYPES` or `llama_quantize.BLOCKS`).
 
+    out_file: a file, or a folder that is there, in which the file is named as GGUF's naming convention asks.
+
     A compressed checkpoint of which only FFNs were made narrower runs on any llama.cpp, and is as small as the checkpoint.
     Any other one needs llama.cpp with our addition, unless it is exported `dense`: factors are multiplied out and dropped
     neurons put back as zeros, which computes the same and saves nothing.
@@ -66,12 +69,16 @@ def export(
     llama-quantize refuses.
     """
     name, out = type.lower(), Path(out_file)
-    check_file_target(out)
+    if not out.is_dir():
+        check_file_target(out)
     if name not in llama_quantize.BLOCKS and importance:
         raise UserError(f"type {name} is not rounded by importance; leave that out, or give one such as q4_k_m")
     row = None if name in llama_quantize.BLOCKS else type_row(name)
     checkpoint = open_checkpoint(checkpoint_path)
     check_supported(checkpoint, "GGUF")
+    if out.is_dir():
+        out = out / conventional_name(converter_metadata(checkpoint), checkpoint.parameters(), name)
+        check_file_target(out)
     if out.resolve() == checkpoint.path.resolve():
         raise UserError(f"{out} is the model itself; give another name for the file to write")
     if row is None:
@@ -86,7 +93,12 @@ def _by_llama_quantize(
     build = llama_quantize.tools(name)
     with replace_file(out) as partial, tempfile.TemporaryDirectory(dir=partial.parent, prefix=".sola-edge-") as folder:
         first = _export(checkpoint, Path(folder) / "model.gguf", TYPES["f16"], dense, rounds=True)
-        llama_quantize.quantize(build, first.path, partial, name, importance)
+        types: dict[str, str] = {}
+        if not first.stock:
+            whole = llama_quantize.types_of(build, _without_data(checkpoint, Path(folder) / "dense.gguf"), name)
+            stored = (tensor.name for tensor in gguf.GGUFReader(first.path).tensors)
+            types = {part: whole[base] for part in stored if (base := whole_name(part)) in whole}
+        llama_quantize.quantize(build, first.path, partial, name, importance, types)
         made = gguf.GGUFReader(partial).tensors
         block = llama_quantize.BLOCKS[name]
         found = replace(
@@ -108,13 +120,7 @@ def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, dense: bool, rounds
     form, names = choose_form(checkpoint, base, dense), Names(checkpoint, base)
     stored, checkpoint = checkpoint, _without_pivots(checkpoint, form, names, rounds)
     plan = list(tensors(checkpoint, names, row, form))
-    writer = gguf.GGUFWriter(None, form.architecture)
-    parameters = sum(math.prod(tensor.shape) for tensor in plan)
-    add_metadata(writer, form_metadata(metadata, checkpoint, form), checkpoint.provenance, parameters)
-    writer.add_file_type(row.file_type)
-    for tensor in plan:
-        shape = quant_shape_to_byte_shape(tensor.shape, tensor.type)
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.bytes, raw_dtype=tensor.type)
+    writer = _writer(checkpoint, metadata, form, row, plan)
     with replace_file(out) as partial:
         _write(writer, plan, partial)
     return GGUFExport(
@@ -127,6 +133,33 @@ def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, dense: bool, rounds
         expanded=expanded(stored, names, form, rounds=rounds),
         stock=not any(tensor.name.endswith(OURS) for tensor in plan),
     )
+
+
+def _writer(
+    checkpoint: Checkpoint, metadata: dict[str, Value], form: Form, row: TypeRow, plan: list[Tensor]
+) -> gguf.GGUFWriter:
+    """A writer that knows the file's metadata and tensors, and has written nothing."""
+    writer = gguf.GGUFWriter(None, form.architecture)
+    parameters = sum(math.prod(tensor.shape) for tensor in plan)
+    add_metadata(writer, form_metadata(metadata, checkpoint, form), checkpoint.provenance, parameters)
+    writer.add_file_type(row.file_type)
+    for tensor in plan:
+        shape = quant_shape_to_byte_shape(tensor.shape, tensor.type)
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.bytes, raw_dtype=tensor.type)
+    return writer
+
+
+def _without_data(checkpoint: Checkpoint, out: Path) -> Path:
+    """The dense model's F16 file as far as its names and shapes go; instead of weights a hole, which takes no room."""
+    metadata, row = converter_metadata(checkpoint), TYPES["f16"]
+    base = metadata["general.architecture"].value
+    form = choose_form(checkpoint, base, dense=True)
+    plan = list(tensors(checkpoint, Names(checkpoint, base), row, form))
+    writer = _writer(checkpoint, metadata, form, row, plan)
+    _write(writer, [], out)
+    align = writer.data_alignment
+    os.truncate(out, out.stat().st_size + align + sum(writer.ggml_pad(tensor.bytes, align) for tensor in plan))
+    return out
 
 
 def _without_pivots(checkpoint: Checkpoint, form: Form, names: Names, rounds: bool) -> Checkpoint:

@@ -34,6 +34,12 @@ OPTIONAL_BIASES = {"llama": COMPONENTS, "deci": COMPONENTS}
 ALWAYS_OPTIONAL = ("q", "k", "v")
 
 
+def whole_name(part: str) -> str:
+    """Name of the whole weight that a tensor of this name is a part of, or is."""
+    end = next((end for end in OURS if part.endswith(f".{end}")), None)
+    return part if end is None else f"{part.removesuffix(end)}{WHOLE}"
+
+
 @dataclass(frozen=True)
 class Form:
     """`kind` of the table above, and the GGUF architecture that the file is written as."""

@@ -3,9 +3,10 @@
 The importance of an input channel is its mean square over a text (llama-imatrix); llama-quantize weighs rounding errors by it.
 """
 
+import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ BLOCKS = {
     "iq4_nl": BLOCK,
 }
 """Type → values in a block, which the rows of a matrix must be whole ones of."""
+PLANNED = re.compile(r"\] (\S+) +- \[[^]]*\], type = +\w+, size = [^(\n]*MiB -> [^(\n]*MiB \((\w+)\)")
+"""A line of llama-quantize's: the tensor's name and the type that it is rounded to."""
 WINDOW = 512  # tokens, llama-imatrix's own
 CHARACTERS = 16  # of a token, at most on average: more of a text is not handed over
 
@@ -50,16 +53,32 @@ def tools(type: str) -> Build:
     return build
 
 
-def quantize(build: Build, model: Path, out: Path, type: str, importance: Importance | None) -> None:
+def types_of(build: Build, model: Path, type: str) -> dict[str, str]:
+    """{tensor: ggml type} that llama-quantize would choose for the file's tensors; it reads none. Raises UserError."""
+    done = _run(
+        [str(build.tool("llama-quantize")), "--dry-run", str(model), type.upper()], "llama-quantize does not plan"
+    )
+    return dict(PLANNED.findall(done))
+
+
+def quantize(
+    build: Build, model: Path, out: Path, type: str, importance: Importance | None, types: Mapping[str, str]
+) -> None:
     """Round the file `model` (F16) to the type (a key of `BLOCKS`) into the file `out`.
 
+    types: {tensor: ggml type} where that is not llama-quantize's choice: it chooses by names and by how many tensors of a
+    kind came before, and counts every part of a factored matrix as one. Rows that are no whole blocks go elsewhere all the
+    same.
     Raises UserError where a tool refuses: a type of very few bits without an importance matrix, a text of less than one window.
     """
     with tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
         matrix: list[str] = []
         if importance:
             matrix = ["--imatrix", str(_importance_matrix(build, model, Path(folder), importance))]
-        command = [str(build.tool("llama-quantize")), *matrix, str(model), str(out), type.upper(), str(usable_cores())]
+        chosen = Path(folder) / "types.txt"
+        chosen.write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in types.items()))
+        asked = [*matrix, *(["--tensor-type-file", str(chosen)] if types else [])]
+        command = [str(build.tool("llama-quantize")), *asked, str(model), str(out), type.upper(), str(usable_cores())]
         with status(f"llama-quantize to {type}"):
             _run(command, f"llama-quantize cannot make {type}")
 
@@ -78,9 +97,11 @@ def _importance_matrix(build: Build, model: Path, folder: Path, importance: Impo
     return found
 
 
-def _run(command: Sequence[str], what: str) -> None:
+def _run(command: Sequence[str], what: str) -> str:
+    """What the tool told. Raises UserError with its complaint."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         told = [line for line in lines if "error" in line.lower() or "failed" in line.lower() or "need" in line.lower()]
         raise UserError(f"{what}: {(told or lines or [f'exit code {done.returncode}'])[0][:300]}")
+    return done.stderr + done.stdout

@@ -87,6 +87,18 @@ def add_metadata(
         _add_item(writer, f"sola.{key}", item)
 
 
+def conventional_name(values: dict[str, Value], parameters: int, type: str) -> str:
+    """`<BaseName>-<SizeLabel>-<FineTune>-<Version>-<Encoding>.gguf`, of what the metadata have of these."""
+
+    def known(key: str) -> str | None:
+        value = values.get(f"general.{key}")
+        return None if value is None else str(value.value)
+
+    size = gguf.size_label(parameters, 0, 0, 0)
+    words = known("name"), known("basename"), known("finetune"), known("version")
+    return f"{gguf.naming_convention(words[0], words[1], words[2], words[3], size, type)}.gguf"
+
+
 def _add_item(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """A plain value of sola.json; nested ones (the plan, the statistics) stay in the checkpoint."""
     if isinstance(value, bool):

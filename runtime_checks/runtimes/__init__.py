@@ -10,6 +10,7 @@ Such a class has (ids: list[int]; times in seconds; logits float32):
     prefill(ids) -> seconds            ids in one go, computing what a user of the runtime would need next
     decode(count) -> seconds           count single-token steps from where the context is
     generate(ids, count, eos) -> (ids, logits (steps, vocab) or None)    greedy, up to and including an EOS
+    bos() -> id or None                optional: what it puts before a text of its own accord
     parts() -> {name: bytes}           what the runtime itself tells of its memory
 and imports neither sola_edge nor another runtime (torch_ excepted: it needs sola_edge to load a checkpoint).
 """

@@ -65,7 +65,8 @@ class Runtime:
         self.model = self.lib.llama_model_load_from_file(self.path.encode(), params)
         if not self.model:
             raise RuntimeError(self.errors[0] if self.errors else "llama.cpp could not load the model")
-        self.vocab = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
+        self.tokens = self.lib.llama_model_get_vocab(self.model)
+        self.vocab = self.lib.llama_vocab_n_tokens(self.tokens)
         options = self.lib.llama_context_default_params()
         options.n_ctx = options.n_batch = self.context
         options.n_threads = options.n_threads_batch = self.threads
@@ -128,6 +129,10 @@ class Runtime:
         """Greedy continuation."""
         self.reset()
         return greedy(lambda following: self._forward(following, every=False)[-1], ids, count, eos), None
+
+    def bos(self) -> int | None:
+        """What llama.cpp's own tools put before a text: by the file's metadata, or by its kind of tokenizer."""
+        return int(self.lib.llama_vocab_bos(self.tokens)) if self.lib.llama_vocab_get_add_bos(self.tokens) else None
 
     def parts(self) -> dict[str, int]:
         """llama.cpp's own account of its buffers (a mapped model counts in full)."""
