@@ -208,8 +208,6 @@ def test_values_that_f16_cannot_hold_are_refused(tmp_path: Path) -> None:
 def test_bad_requests_are_one_line_and_leave_nothing(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="q9_9"):
         export(dense, tmp_path / "x.gguf", "q9_9")
-    with pytest.raises(UserError, match="folder"):
-        export(dense, tmp_path, "f16")
     with pytest.raises(UserError, match="missing"):
         export(tmp_path / "missing", tmp_path / "x.gguf", "f16")
     bare = tiny_checkpoint(tmp_path / "bare")
