@@ -85,9 +85,12 @@ class Models(RandomModels):
 def hybrid(models: Models, types: Sequence[str], load: Load) -> list[Row]:
     """Speed of low-rank models against the dense one, in our llama.cpp."""
 
+    used = build()
+
     def measure(candidate: str, baseline: str, type: str) -> list[Row]:
         pair = models.gguf(candidate, type), models.gguf(baseline, type)
-        return speeds(*pair, type, load, SHARE.get(type, STOCK_SHARE), per_byte=True)
+        with _chosen(used):
+            return speeds(*pair, type, load, SHARE.get(type, STOCK_SHARE), per_byte=True)
 
     return rows_of([("hybrid", "dense", type) for type in types], measure)
 

@@ -235,9 +235,8 @@ class _Run:
     def _cell(self, job: Job) -> Cell:
         assert self.found.dense is not None
         known, about = self._known(job), (self.source, self.common.calibration, self.ruler)
-        if known:
-            return add_tasks(job, *about, known, self.found.dense_tasks)
-        return make_cell(job, *about, self.found.dense, self.found.dense_tasks)
+        grown = add_tasks(job, *about, known, self.found.dense_tasks) if known else None
+        return grown or make_cell(job, *about, self.found.dense, self.found.dense_tasks)
 
     def _known(self, job: Job) -> Cell | None:
         """What was measured of the job. Cells without a figure are tried again: that takes little, the cause may be gone."""

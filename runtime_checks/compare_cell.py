@@ -20,6 +20,7 @@ from sola_edge.checkpoint import Checkpoint
 from sola_edge.compress import prepare
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
+from sola_edge.planning import Plan
 from sola_edge.texts import Text
 
 PEAK_SWITCH = Path("/proc/self/clear_refs")  # Linux: writing 5 starts the resident peak anew
@@ -101,13 +102,29 @@ def make_cell(
 
 def add_tasks(
     job: Job, source: Checkpoint, calibration: str, ruler: Ruler, known: Cell, dense_tasks: Sequence[TaskResult]
-) -> Cell:
-    """A measured cell with zero-shot tasks too. Its model is made anew, the same bytes as before: other figures stay.
+) -> Cell | None:
+    """A measured cell with zero-shot tasks too: its model is made anew, its other figures stay.
 
-    Raises UserError for what cannot be compressed.
+    None where the plan is another than that of the figures (other libraries, another processor): the cell is then to be
+    made anew. Where the tasks cannot be scored the cell stays as it was, with the reason.
     """
-    prepare(source, job.settings, calibration).write(job.folder)
-    return _with_tasks(known, job, ruler, dense_tasks)
+    try:
+        run = prepare(source, job.settings, calibration)
+        if not _same_plan(run.plan, known):
+            return None
+        run.write(job.folder)
+        del run
+        found = measure_checkpoint(job.folder.name, job.folder, ruler.tasks, dense_tasks, threads=ruler.threads)
+    except UserError as error:
+        return known.model_copy(update={"reason": str(error)})
+    return known.model_copy(update={"tasks": found, "reason": None})
+
+
+def _same_plan(plan: Plan, known: Cell) -> bool:
+    """Whether it removes and predicts what the cell says; sums may differ in their last digits."""
+    predicted = sum(plan.predicted_loss.values())
+    alike = known.predicted is None or math.isclose(predicted, known.predicted, rel_tol=1e-4)
+    return plan.rate == known.achieved and alike
 
 
 def _with_tasks(cell: Cell, job: Job, ruler: Ruler, dense_tasks: Sequence[TaskResult]) -> Cell:

@@ -27,7 +27,7 @@ from runtime_checks.checks import subjects_of
 from runtime_checks.machine import checked_threads
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol
-from runtime_checks.reference import Reference
+from runtime_checks.reference import Reference, check_space
 from runtime_checks.schema import Frozen, ProtocolRecord, Skipped
 from sola_edge.checkpoint import load_tokenizer
 from sola_edge.errors import UserError
@@ -36,6 +36,7 @@ from sola_edge.progress import status
 MAGIC = b"_logits_"
 REACH = 16.0  # nats below the most likely token that a base file tells apart
 STEPS = 65535
+LEAST = 100  # scored tokens, or it prints no figures
 SHORT = 32  # tokens of a context that nothing is computed in
 NUMBER = r"(-?[\d.]+(?:e-?\d+)?|-?nan|-?inf)"
 FIGURES = {
@@ -96,6 +97,12 @@ def judge_by_llama_perplexity(
     if not first:
         raise UserError(f"the reference cannot be run: {skipped[-1].reason if skipped else reference}")
     protocol = make_protocol(text, load_tokenizer(Path(reference)), context, windows, text_name)
+    scored = windows * (context - 1 - context // 2)
+    if scored < LEAST:
+        raise UserError(
+            f"llama-perplexity tells nothing of {scored} tokens; give more or longer windows ({LEAST} tokens)"
+        )
+    protocol = replace(protocol, tokens_scored=scored)
     protocol = _with_bos(protocol, {path: _bos(path, threads) for path in candidates})
     with tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
         base = Path(folder) / "base.kld"
@@ -145,7 +152,8 @@ def _with_bos(protocol: Protocol, wanted: dict[Path, int | None]) -> Protocol:
 
 
 def write_base(reference: Reference, protocol: Protocol, path: Path) -> None:
-    """Write the base file of a reference's logits."""
+    """Write the base file of a reference's logits. Raises UserError where the disk is too full."""
+    check_space(path.parent, protocol.tokens_scored * (reference.vocab + 5) * 2)
     with path.open("wb") as stream:
         stream.write(MAGIC)
         np.array([protocol.context, reference.vocab, protocol.windows], "<i4").tofile(stream)
@@ -176,6 +184,8 @@ def _judge(tool: Path, model: Path, base: Path, context: int, threads: int) -> J
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     told = done.stdout + done.stderr
     found = {name: match[match.lastindex or 1] for name, what in FIGURES.items() if (match := re.search(what, told))}
+    if "inconsistent vocabulary" in told:
+        raise UserError(f"{model} has another vocabulary than the reference; it is no file of that model")
     if done.returncode or len(found) < len(FIGURES):
         lines = [line for line in told.splitlines() if "error" in line.lower() or "failed" in line.lower()]
         raise UserError(f"llama-perplexity on {model}: {(lines or [f'code {done.returncode}, no figures'])[0][:300]}")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runtime_checks.compare as module
 from runtime_checks.compare import Common, Scoring, compare
-from runtime_checks.compare_cell import paired_rise
+from runtime_checks.compare_cell import _same_plan, paired_rise
 from runtime_checks.compare_schema import Comparison, Estimate, read_comparison
 from runtime_checks.compare_table import markdown
 from runtime_checks.perplexity import perplexity
@@ -22,6 +22,7 @@ from runtime_checks.tasks import measure_tasks
 from sola_edge.checkpoint import PROVENANCE, open_checkpoint
 from sola_edge.cli_compare import add_commands
 from sola_edge.errors import UserError
+from sola_edge.planning import Plan
 from sola_edge.testing import tiny_checkpoint
 
 RATE, TOO_MUCH = 0.15, 0.9
@@ -202,6 +203,17 @@ def test_collapsed_methods_do_not_flatten_the_picture(resumed: tuple[Comparison,
     draw_ratios(axes, found.model_copy(update={"cells": collapsed}))
     assert axes.get_ylim()[1] < 2 * CEILING
     assert [text.get_text() for text in axes.texts] == ["2.1e+06"]
+
+
+def test_tasks_go_to_the_model_that_was_measured_or_to_a_new_cell(
+    resumed: tuple[Comparison, Comparison, Path],
+) -> None:
+    cell = resumed[1].cell("sola", RATE)
+    assert cell is not None and cell.predicted is not None and cell.achieved is not None
+    plan = Plan({}, RATE, cell.achieved, 1, 0, predicted_loss={"all": cell.predicted * (1 + 1e-9)})
+    assert _same_plan(plan, cell)
+    assert not _same_plan(replace(plan, predicted_loss={"all": 2 * cell.predicted}), cell)
+    assert not _same_plan(replace(plan, rate=cell.achieved + 1e-6), cell)
 
 
 def test_checkpoints_go_unless_kept_and_a_gguf_is_measured_too(folder: Path, tmp_path: Path) -> None:

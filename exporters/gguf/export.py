@@ -93,12 +93,16 @@ def _by_llama_quantize(
     build = llama_quantize.tools(name)
     with replace_file(out) as partial, tempfile.TemporaryDirectory(dir=partial.parent, prefix=".sola-edge-") as folder:
         first = _export(checkpoint, Path(folder) / "model.gguf", TYPES["f16"], dense, rounds=True)
+        matrix = None
+        if importance:
+            matrix = llama_quantize.importance_matrix(build, first.path, Path(folder), importance)
         types: dict[str, str] = {}
         if not first.stock:
-            whole = llama_quantize.types_of(build, _without_data(checkpoint, Path(folder) / "dense.gguf"), name)
+            dense_file = _without_data(checkpoint, Path(folder) / "dense.gguf")
+            whole = llama_quantize.types_of(build, dense_file, name, matrix)
             stored = (tensor.name for tensor in gguf.GGUFReader(first.path).tensors)
             types = {part: whole[base] for part in stored if (base := whole_name(part)) in whole}
-        llama_quantize.quantize(build, first.path, partial, name, importance, types)
+        llama_quantize.quantize(build, first.path, partial, name, matrix, types)
         made = gguf.GGUFReader(partial).tensors
         block = llama_quantize.BLOCKS[name]
         found = replace(

@@ -24,8 +24,8 @@ BLOCKS = {
     "iq4_nl": BLOCK,
 }
 """Type → values in a block, which the rows of a matrix must be whole ones of."""
-PLANNED = re.compile(r"\] (\S+) +- \[[^]]*\], type = +\w+, size = [^(\n]*MiB -> [^(\n]*MiB \((\w+)\)")
-"""A line of llama-quantize's: the tensor's name and the type that it is rounded to."""
+PLANNED = re.compile(r"\] (\S+) +- \[ *(\d+)[^]]*\], type = +\w+, size = [^(\n]*MiB -> [^(\n]*MiB \((\w+)\)")
+"""A line of llama-quantize's: the tensor's name, the length of its rows, and the type that it is rounded to."""
 WINDOW = 512  # tokens, llama-imatrix's own
 CHARACTERS = 16  # of a token, at most on average: more of a text is not handed over
 
@@ -53,37 +53,38 @@ def tools(type: str) -> Build:
     return build
 
 
-def types_of(build: Build, model: Path, type: str) -> dict[str, str]:
-    """{tensor: ggml type} that llama-quantize would choose for the file's tensors; it reads none. Raises UserError."""
-    done = _run(
-        [str(build.tool("llama-quantize")), "--dry-run", str(model), type.upper()], "llama-quantize does not plan"
-    )
-    return dict(PLANNED.findall(done))
+def types_of(build: Build, model: Path, type: str, matrix: Path | None) -> dict[str, str]:
+    """{tensor: ggml type} that llama-quantize would choose for the file's tensors; it reads none. Raises UserError.
+
+    Without those whose rows are no whole blocks, for which it chooses what fits them. matrix: the importance matrix.
+    """
+    command = [str(build.tool("llama-quantize")), "--dry-run", *_weighed(matrix), str(model), type.upper()]
+    found = PLANNED.findall(_run(command, "llama-quantize does not plan"))
+    return {name: kind for name, columns, kind in found if int(columns) % BLOCKS[type] == 0}
 
 
-def quantize(
-    build: Build, model: Path, out: Path, type: str, importance: Importance | None, types: Mapping[str, str]
-) -> None:
+def _weighed(matrix: Path | None) -> list[str]:
+    return ["--imatrix", str(matrix)] if matrix else []
+
+
+def quantize(build: Build, model: Path, out: Path, type: str, matrix: Path | None, types: Mapping[str, str]) -> None:
     """Round the file `model` (F16) to the type (a key of `BLOCKS`) into the file `out`.
 
     types: {tensor: ggml type} where that is not llama-quantize's choice: it chooses by names and by how many tensors of a
     kind came before, and counts every part of a factored matrix as one. Rows that are no whole blocks go elsewhere all the
-    same.
-    Raises UserError where a tool refuses: a type of very few bits without an importance matrix, a text of less than one window.
+    same. matrix: the importance matrix. Raises UserError where the tool refuses: a type of very few bits without such a matrix.
     """
     with tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
-        matrix: list[str] = []
-        if importance:
-            matrix = ["--imatrix", str(_importance_matrix(build, model, Path(folder), importance))]
         chosen = Path(folder) / "types.txt"
         chosen.write_text("".join(f"^{re.escape(name)}$={kind}\n" for name, kind in types.items()))
-        asked = [*matrix, *(["--tensor-type-file", str(chosen)] if types else [])]
+        asked = [*_weighed(matrix), *(["--tensor-type-file", str(chosen)] if types else [])]
         command = [str(build.tool("llama-quantize")), *asked, str(model), str(out), type.upper(), str(usable_cores())]
         with status(f"llama-quantize to {type}"):
             _run(command, f"llama-quantize cannot make {type}")
 
 
-def _importance_matrix(build: Build, model: Path, folder: Path, importance: Importance) -> Path:
+def importance_matrix(build: Build, model: Path, folder: Path, importance: Importance) -> Path:
+    """The matrix of a text by llama-imatrix, a file in the folder. Raises UserError for a text of less than one window."""
     text, found = folder / "text.txt", folder / "imatrix.gguf"
     text.write_text(load_text(importance.text).joined[: importance.windows * WINDOW * CHARACTERS], encoding="utf-8")
     command = [str(build.tool("llama-imatrix")), "-m", str(model), "-f", str(text), "-o", str(found), "--no-ppl"]
