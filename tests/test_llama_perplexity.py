@@ -99,4 +99,6 @@ def test_bad_requests_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"is no file"):
         judge_by_llama_perplexity(source, [tmp_path / "missing.gguf"], TEXT)
     with pytest.raises(UserError, match="is no GGUF file"):
-        judge_by_llama_perplexity(source, [tmp_path / "none.gguf"], TEXT, context=64, windows=1)
+        judge_by_llama_perplexity(source, [tmp_path / "none.gguf"], TEXT, context=64, windows=4)
+    with pytest.raises(UserError, match="nothing of 93 tokens"):
+        judge_by_llama_perplexity(source, [tmp_path / "none.gguf"], TEXT, context=64, windows=3)
