@@ -24,7 +24,7 @@ import os
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +40,10 @@ from speed import (
     Load,
     RandomModels,
     Row,
-    Spread,
     add_load,
+    compared,
     load_of,
+    main_of,
     print_facts,
     print_rows,
     record,
@@ -58,7 +59,7 @@ from sola_edge.errors import UserError
 
 PARTS = ("hybrid", "stock", "memory", "nodes")
 SHARE = {"f16": 0.97, "q8_0": 0.97, "q4_k_m": 0.95}  # wanted of hybrid models, of the ratio of bytes
-STOCK_SHARE = 0.97
+OF_BYTES = 0.97  # wanted of all others
 SLACK = 1.02  # wanted of memory, times the ratio of bytes
 MODES = {"mapped": "mmap", "read": "none"}  # how the file is loaded, and llama-bench's name of it
 BUFFER = re.compile(r"model buffer size\s*=\s*([\d.]+) MiB")
@@ -84,27 +85,25 @@ class Models(RandomModels):
 
 def hybrid(models: Models, types: Sequence[str], load: Load) -> list[Row]:
     """Speed of low-rank models against the dense one, in our llama.cpp."""
-
-    used = build()
-
-    def measure(candidate: str, baseline: str, type: str) -> list[Row]:
-        pair = models.gguf(candidate, type), models.gguf(baseline, type)
-        with _chosen(used):
-            return speeds(*pair, type, load, SHARE.get(type, STOCK_SHARE), per_byte=True)
-
-    return rows_of([("hybrid", "dense", type) for type in types], measure)
+    return _speeds("hybrid", models, types, load, build(), SHARE)
 
 
 def stock(models: Models, types: Sequence[str], load: Load) -> list[Row]:
     """Speed of narrow models against the dense one, in an unmodified llama.cpp."""
-    unmodified = build(addition=False)
+    return _speeds("narrow", models, types, load, build(addition=False), {})
+
+
+def _speeds(
+    kind: str, models: Models, types: Sequence[str], load: Load, used: Build, shares: Mapping[str, float]
+) -> list[Row]:
+    """Of a kind of model against the dense one in that build; shares: wanted of the ratio of bytes, else OF_BYTES."""
 
     def measure(candidate: str, baseline: str, type: str) -> list[Row]:
         pair = models.gguf(candidate, type), models.gguf(baseline, type)
-        with _chosen(unmodified):
-            return speeds(*pair, type, load, STOCK_SHARE, per_byte=True)
+        with _chosen(used):
+            return speeds(*pair, type, load, shares.get(type, OF_BYTES), per_byte=True)
 
-    return rows_of([("narrow", "dense", type) for type in types], measure)
+    return rows_of([(kind, "dense", type) for type in types], measure)
 
 
 @contextmanager
@@ -133,13 +132,11 @@ def memory(models: Models, types: Sequence[str], load: Load) -> list[Row]:
 
 def _memory(used: Build, candidate: Exported, baseline: Exported, type: str, load: Load, how: str) -> list[Row]:
     rounds = [tuple(_use(used, file.path, load, how) for file in (candidate, baseline)) for _ in range(load.rounds)]
-    wanted, sizes = SLACK * candidate.bytes / baseline.bytes, (candidate.bytes, baseline.bytes)
+    wanted = SLACK * candidate.bytes / baseline.bytes
     rows = []
     for i, what in enumerate(("peak", "buffer")):
         ours, theirs = ([pair[side][i] for pair in rounds] for side in (0, 1))
-        ratio = Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
-        figures = Spread.of(ours), Spread.of(theirs)
-        rows.append(Row(candidate.name, baseline.name, type, f"{what}, {how}", *figures, ratio, wanted, *sizes))
+        rows.append(compared(candidate, baseline, type, f"{what}, {how}", ours, theirs, wanted))
     return rows
 
 
@@ -218,13 +215,5 @@ def run(asked: argparse.Namespace, console: Console) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    """Command line."""
-    try:
-        run(parse(), Console())
-    except UserError as error:
-        raise SystemExit(f"Error: {error}") from error
-
-
 if __name__ == "__main__":
-    main()
+    main_of(run, parse())

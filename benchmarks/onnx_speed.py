@@ -33,6 +33,7 @@ from speed import (
     add_load,
     check_kinds,
     load_of,
+    main_of,
     peaks,
     print_facts,
     print_rows,
@@ -144,13 +145,5 @@ def run(asked: argparse.Namespace, console: Console) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    """Command line."""
-    try:
-        run(parse(), Console())
-    except UserError as error:
-        raise SystemExit(f"Error: {error}") from error
-
-
 if __name__ == "__main__":
-    main()
+    main_of(run, parse())

@@ -131,6 +131,22 @@ class Exported:
         raise CheckError(skipped[0].reason if skipped else f"{runtime} does not take {self.path}")
 
 
+def compared(
+    candidate: Exported,
+    baseline: Exported,
+    precision: str,
+    test: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    wanted: float,
+    busy: float | None = None,
+) -> Row:
+    """The row of two series of figures, round by round."""
+    ratio = Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
+    figures, sizes = (Spread.of(ours), Spread.of(theirs)), (candidate.bytes, baseline.bytes)
+    return Row(candidate.name, baseline.name, precision, test, *figures, ratio, wanted, *sizes, busy)
+
+
 def speeds(
     candidate: Exported, baseline: Exported, precision: str, load: Load, share: float, per_byte: bool = False
 ) -> list[Row]:
@@ -154,11 +170,7 @@ def speeds(
     wanted = share * baseline.bytes / candidate.bytes if per_byte else share
     rows = []
     for phase, test in tests.items():
-        ours, theirs = runs[phase, 0], runs[phase, 1]
-        ratio = Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
-        figures = Spread.of(ours), Spread.of(theirs)
-        names = candidate.name, baseline.name
-        rows.append(Row(*names, precision, test, *figures, ratio, wanted, candidate.bytes, baseline.bytes, busy))
+        rows.append(compared(candidate, baseline, precision, test, runs[phase, 0], runs[phase, 1], wanted, busy))
     return rows
 
 
@@ -175,10 +187,7 @@ def peaks(candidate: Exported, baseline: Exported, precision: str, load: Load, s
     """
     rounds = [(_peak(candidate, load), _peak(baseline, load)) for _ in range(load.rounds)]
     ours, theirs = zip(*rounds, strict=True)
-    ratio = Spread.of([a / b for a, b in rounds])
-    wanted = slack * candidate.bytes / baseline.bytes
-    figures, sizes = (Spread.of(ours), Spread.of(theirs)), (candidate.bytes, baseline.bytes)
-    return Row(candidate.name, baseline.name, precision, "peak", *figures, ratio, wanted, *sizes)
+    return compared(candidate, baseline, precision, "peak", ours, theirs, slack * candidate.bytes / baseline.bytes)
 
 
 def _peak(graph: Exported, load: Load) -> float:
@@ -287,3 +296,11 @@ def check_kinds(kinds: Sequence[str]) -> None:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise UserError(f"there is no kind {unknown[0]!r} of model; choose from: {', '.join(KINDS)}")
+
+
+def main_of(run: Callable[[argparse.Namespace, Console], object], asked: argparse.Namespace) -> None:
+    """A benchmark's command line: a user's error is one line."""
+    try:
+        run(asked, Console())
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from error

@@ -23,6 +23,7 @@ from runtime_checks.metrics import Floats
 from runtime_checks.perplexity import perplexity
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol
+from runtime_checks.reference import Reference
 from runtime_checks.runtimes import runtimes_for
 from runtime_checks.schema import Report, Skipped
 from runtime_checks.subject import Subject
@@ -79,20 +80,13 @@ def check_parity(
     """
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
-    first = subjects_of("", Path(reference), skipped, every_runtime=False)
-    if not first:
-        raise UserError(f"the reference cannot be run: {skipped[-1].reason if skipped else reference}")
+    first = reference_subject(Path(reference), skipped)
     subjects = [s for path in candidates for s in subjects_of("", Path(path), skipped)]
     _refuse_nothing(subjects, skipped)
     tokenizer = load_tokenizer(Path(tokenizer_from or reference))
     protocol = make_protocol(text, tokenizer, context, windows, text_name)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="sola-edge-") as folder:
-        try:
-            with ExitStack() as stack:
-                first[0].start(stack, threads, context)
-                logits = first[0].write_reference(protocol, Path(folder))
-        except CheckError as error:
-            raise UserError(f"the reference cannot be run: {error}") from error
+        logits = reference_logits(first, protocol, threads, Path(folder))
         for subject in subjects:
             try:
                 with ExitStack() as stack:
@@ -100,8 +94,26 @@ def check_parity(
                     subject.compare(logits, protocol, Path(folder))
             except CheckError as error:
                 subject.reasons.append(str(error))
-    results = [s.result() for s in (*first, *subjects)]
+    results = [s.result() for s in (first, *subjects)]
     return new_report(threads, protocols=[protocol.record()], results=results, skipped=skipped)
+
+
+def reference_subject(path: Path, skipped: list[Skipped]) -> Subject:
+    """The artefact in its plainest runtime. Raises UserError where none runs it here."""
+    found = subjects_of("", path, skipped, every_runtime=False)
+    if not found:
+        raise UserError(f"the reference cannot be run: {skipped[-1].reason if skipped else path}")
+    return found[0]
+
+
+def reference_logits(subject: Subject, protocol: Protocol, threads: int, folder: Path) -> Reference:
+    """Its logits on all windows, in files of the folder. Raises UserError where it fails or the disk is too full."""
+    try:
+        with ExitStack() as stack:
+            subject.start(stack, threads, protocol.context)
+            return subject.write_reference(protocol, folder)
+    except CheckError as error:
+        raise UserError(f"the reference cannot be run: {error}") from error
 
 
 def bench(

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from exporters.llama_cpp import find
-from runtime_checks.checks import subjects_of
+from runtime_checks.checks import reference_logits, reference_subject, subjects_of
 from runtime_checks.machine import checked_threads
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol
@@ -92,10 +92,7 @@ def judge_by_llama_perplexity(
     for path in candidates:
         if not path.is_file():
             raise UserError(f"{path} is no file; llama-perplexity judges .gguf files")
-    skipped: list[Skipped] = []
-    first = subjects_of("", Path(reference), skipped, every_runtime=False)
-    if not first:
-        raise UserError(f"the reference cannot be run: {skipped[-1].reason if skipped else reference}")
+    first = reference_subject(Path(reference), [])
     protocol = make_protocol(text, load_tokenizer(Path(reference)), context, windows, text_name)
     scored = windows * (context - 1 - context // 2)
     if scored < LEAST:
@@ -106,12 +103,7 @@ def judge_by_llama_perplexity(
     protocol = _with_bos(protocol, {path: _bos(path, threads) for path in candidates})
     with tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
         base = Path(folder) / "base.kld"
-        try:
-            with ExitStack() as stack:
-                first[0].start(stack, threads, context)
-                write_base(first[0].write_reference(protocol, Path(folder)), protocol, base)
-        except CheckError as error:
-            raise UserError(f"the reference cannot be run: {error}") from error
+        write_base(reference_logits(first, protocol, threads, Path(folder)), protocol, base)
         tool = build.tool("llama-perplexity")
         judged = [_judge(tool, Path(path), base, context, threads) for path in candidates]
     return Judgements(reference=str(reference), protocol=protocol.record(), judged=judged)

@@ -80,6 +80,7 @@ def test_the_command_on_a_tokenizer_with_bos(tmp_path: Path, llama_cpp_build: Bu
     added = {"tokenizer.ggml.add_bos_token": True}
     arguments[3] = str(rewritten(model, tmp_path / "bos.gguf", lambda _, values: values, flags=added))
     found = CliRunner().invoke(app, [*arguments, "--json"])
+    assert found.exit_code == 0, found.output + repr(found.exception)
     judged = json.loads(found.stdout.splitlines()[-1])
     assert judged["protocol"]["bos"] and abs(judged["judged"][0]["mean_kl"]) <= 1e-6
     with pytest.MonkeyPatch.context() as patch:

@@ -19,7 +19,7 @@ from gguf.quants import quant_shape_to_byte_shape
 from exporters.gguf import llama_quantize
 from exporters.gguf.forms import OURS, Form, choose_form, form_metadata, made_plain, whole_name
 from exporters.gguf.llama_quantize import Importance
-from exporters.gguf.metadata import Value, add_metadata, conventional_name, converter_metadata
+from exporters.gguf.metadata import add_metadata, conventional_name, converter_metadata
 from exporters.gguf.names import Names
 from exporters.gguf.tensors import Tensor, expanded, tensors
 from exporters.gguf.types import TYPES, TypeRow, encode, type_row
@@ -119,12 +119,7 @@ def _by_llama_quantize(
 
 def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, dense: bool, rounds: bool) -> GGUFExport:
     """rounds: whether the values will be rounded to few bits, here or afterwards, which pivots do not survive."""
-    metadata = converter_metadata(checkpoint)
-    base = metadata["general.architecture"].value
-    form, names = choose_form(checkpoint, base, dense), Names(checkpoint, base)
-    stored, checkpoint = checkpoint, _without_pivots(checkpoint, form, names, rounds)
-    plan = list(tensors(checkpoint, names, row, form))
-    writer = _writer(checkpoint, metadata, form, row, plan)
+    form, names, plan, writer = _planned(checkpoint, row, dense, rounds)
     with replace_file(out) as partial:
         _write(writer, plan, partial)
     return GGUFExport(
@@ -134,15 +129,20 @@ def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, dense: bool, rounds
         type_counts=dict(Counter(tensor.type.name for tensor in plan)),
         fallbacks=tuple(tensor.name for tensor in plan if tensor.fallback),
         tensor_bytes=sum(tensor.bytes for tensor in plan),
-        expanded=expanded(stored, names, form, rounds=rounds),
+        expanded=expanded(checkpoint, names, form, rounds=rounds),
         stock=not any(tensor.name.endswith(OURS) for tensor in plan),
     )
 
 
-def _writer(
-    checkpoint: Checkpoint, metadata: dict[str, Value], form: Form, row: TypeRow, plan: list[Tensor]
-) -> gguf.GGUFWriter:
-    """A writer that knows the file's metadata and tensors, and has written nothing."""
+def _planned(
+    checkpoint: Checkpoint, row: TypeRow, dense: bool, rounds: bool
+) -> tuple[Form, Names, list[Tensor], gguf.GGUFWriter]:
+    """Form, names and tensors of the file, and a writer that knows them and the metadata and has written nothing."""
+    metadata = converter_metadata(checkpoint)
+    base = metadata["general.architecture"].value
+    form, names = choose_form(checkpoint, base, dense), Names(checkpoint, base)
+    checkpoint = _without_pivots(checkpoint, form, names, rounds)
+    plan = list(tensors(checkpoint, names, row, form))
     writer = gguf.GGUFWriter(None, form.architecture)
     parameters = sum(math.prod(tensor.shape) for tensor in plan)
     add_metadata(writer, form_metadata(metadata, checkpoint, form), checkpoint.provenance, parameters)
@@ -150,16 +150,12 @@ def _writer(
     for tensor in plan:
         shape = quant_shape_to_byte_shape(tensor.shape, tensor.type)
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.bytes, raw_dtype=tensor.type)
-    return writer
+    return form, names, plan, writer
 
 
 def _without_data(checkpoint: Checkpoint, out: Path) -> Path:
     """The dense model's F16 file as far as its names and shapes go; instead of weights a hole, which takes no room."""
-    metadata, row = converter_metadata(checkpoint), TYPES["f16"]
-    base = metadata["general.architecture"].value
-    form = choose_form(checkpoint, base, dense=True)
-    plan = list(tensors(checkpoint, Names(checkpoint, base), row, form))
-    writer = _writer(checkpoint, metadata, form, row, plan)
+    _, _, plan, writer = _planned(checkpoint, TYPES["f16"], dense=True, rounds=False)
     _write(writer, [], out)
     align = writer.data_alignment
     os.truncate(out, out.stat().st_size + align + sum(writer.ggml_pad(tensor.bytes, align) for tensor in plan))
