@@ -30,9 +30,9 @@ from runtime_checks.schema import Perplexity
 from runtime_checks.task_files import read_tasks
 from runtime_checks.task_schema import TaskFile
 from runtime_checks.tasks import check_tasks, describe, measure_checkpoint
-from sola_edge.calibration import FORMAT as STATISTICS_FORMAT
 from sola_edge.calibration import read_calibration
 from sola_edge.checkpoint import PROVENANCE, Checkpoint, copy_checkpoint, open_checkpoint
+from sola_edge.collect import FORMAT as STATISTICS_FORMAT
 from sola_edge.compress import WORK_FORMAT, check_source
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
@@ -54,7 +54,7 @@ class Common:
     align: int | None = None
     window: int = CompressionSettings.window
     windows: int | None = CompressionSettings.max_windows
-    gradient_windows: int = CompressionSettings.gradient_windows
+    gradient_windows: int | None = CompressionSettings.gradient_windows
     correction_windows: int = CompressionSettings.correction_windows
     device: str = CompressionSettings.device
 

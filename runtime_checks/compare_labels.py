@@ -26,9 +26,10 @@ def settings_of(label: str, common: CompressionSettings) -> CompressionSettings:
         if key in values:
             raise UserError(f"{label!r} says {key.replace('_', ' ')} twice; give one of them")
         values[key] = value
-    method = method_named(name)
-    if options and not method.gradient_windows(replace(common, gradient_windows=1)):
-        raise UserError(f"{label!r}: {name} is as published and takes no options; give {name} alone")
+    if method_named(name).published:
+        if options:
+            raise UserError(f"{label!r}: {name} is as published and takes no options; give {name} alone")
+        values |= {"factors": "auto", "gradient_windows": 0, "correction_windows": 0}
     return replace(common, **values)
 
 

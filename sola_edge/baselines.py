@@ -37,10 +37,11 @@ class MatrixMethod:
     metric: Callable[[torch.Tensor], torch.Tensor]
     allocate: Callable[[Sequence[MatrixSpectrum], int], list[int]]
     prime: bool = False
+    published: bool = True
 
     def check(self, model: ModelView) -> None:
         """Raises UserError for a structure or a model that the method has nothing for."""
-        _only_hybrid(self.name, model)
+        _as_published(self.name, model)
         if not self.layers(model.layers):
             raise UserError(
                 f"{self.name} leaves the first and last two layers dense, and this model has {model.layers}"
@@ -51,7 +52,8 @@ class MatrixMethod:
         return 0
 
     def analysis_key(self, settings: CompressionSettings) -> dict[str, object]:
-        return {"rate": settings.rate, "align": settings.align, "prime_share": settings.prime_share}
+        found: dict[str, object] = {"components": self.components(settings.rate)}
+        return found | ({"align": settings.align, "prime_share": settings.prime_share} if self.prime else {})
 
     def analyse(self, view: LayerView) -> Analysis:
         """Energies of each matrix's part that is not prime, and the order of the neurons."""
@@ -171,9 +173,15 @@ def prime_order(norms: torch.Tensor, prime: int) -> torch.Tensor:
     return torch.cat([top[:prime].sort().values, top[prime:].sort().values])
 
 
-def _only_hybrid(name: str, model: ModelView) -> None:
-    if model.settings.structure != "hybrid":
-        raise UserError(f"structure {model.settings.structure!r} is not available with {name}; use hybrid, or sola")
+def _as_published(name: str, model: ModelView) -> None:
+    """Refuse what these methods do not have, rather than leave it out in silence. Raises UserError."""
+    settings = model.settings
+    if settings.structure != "hybrid":
+        raise UserError(f"structure {settings.structure!r} is not available with {name}; use hybrid, or sola")
+    if settings.factors == "pivoted":
+        raise UserError(f"factors 'pivoted' are not available with {name}; leave them out, or use sola")
+    if settings.correction_windows:
+        raise UserError(f"a correction is not available with {name}; leave correction windows out, or use sola")
 
 
 @dataclass(frozen=True)
@@ -184,10 +192,11 @@ class Flap:
 
     name: str = "flap"
     summary: str = "FLAP on FFN neurons: drops those that fluctuate least, compensates by a bias"
+    published: bool = True
 
     def check(self, model: ModelView) -> None:
         """Raises UserError for a structure without biases or an alignment as large as the FFN."""
-        _only_hybrid(self.name, model)
+        _as_published(self.name, model)
         model.check_align()
 
     def gradient_windows(self, settings: CompressionSettings) -> int:

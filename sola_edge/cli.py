@@ -30,6 +30,7 @@ from sola_edge.cli_options import (
 )
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
+from sola_edge.texts import DEFAULT_CALIBRATION, DEFAULT_SCORING
 
 PLACE_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT}
 
@@ -96,7 +97,7 @@ def compress(
     rate: Annotated[float, typer.Option(help="Share of the whole model's parameters to remove, 0 < rate < 1.")],
     structure: Structure = "hybrid",
     method: Annotated[str, typer.Option(help="sola, or sola-paper, svd, asvd, svd-llm, flap.")] = "sola",
-    calibration: Calibration = "python-docstrings",
+    calibration: Calibration = DEFAULT_CALIBRATION,
     align: Align = "auto",
     factors: Factors = "auto",
     window: Window = CompressionSettings.window,
@@ -276,7 +277,7 @@ def check_parity(
         Path, typer.Argument(help="What the candidates are compared with, e.g. the checkpoint folder.")
     ],
     candidates: Artefacts,
-    text: Text = "python-reference",
+    text: Text = DEFAULT_SCORING,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Windows to score.")] = 4,
     threads: Threads = None,
@@ -299,7 +300,7 @@ def check_parity(
 def check_llama_perplexity(
     reference: Annotated[Path, typer.Argument(help="What the files are compared with, e.g. the checkpoint folder.")],
     candidates: Annotated[list[Path], typer.Argument(help=".gguf files.")],
-    text: Text = "python-reference",
+    text: Text = DEFAULT_SCORING,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     windows: Annotated[int, typer.Option(help="Windows, of which the second halves are scored.")] = 4,
     threads: Threads = None,
@@ -332,7 +333,7 @@ def check_llama_perplexity(
 @check_app.command("perplexity")
 def check_perplexity(
     artefact: Annotated[Path, typer.Argument(help="A checkpoint folder, an ONNX folder or a .gguf file.")],
-    text: Text = "python-reference",
+    text: Text = DEFAULT_SCORING,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Windows to score; default: the whole text.")] = None,
     threads: Threads = None,

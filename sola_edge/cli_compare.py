@@ -21,6 +21,7 @@ from sola_edge.cli_options import (
     rates,
 )
 from sola_edge.config import CompressionSettings
+from sola_edge.texts import DEFAULT_CALIBRATION, DEFAULT_SCORING
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -36,14 +37,14 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="METHOD[:OPTION…] with commas between them.")
     ] = "sola,sola-paper,svd-llm,flap",
-    calibration: Calibration = "python-docstrings",
+    calibration: Calibration = DEFAULT_CALIBRATION,
     align: Align = "auto",
     window: Window = CompressionSettings.window,
     windows: Windows = CompressionSettings.max_windows,
     gradient_windows: GradientWindows = CompressionSettings.gradient_windows,
     correction_windows: CorrectionWindows = CompressionSettings.correction_windows,
     device: Device = "cpu",
-    text: Text = "python-reference",
+    text: Text = DEFAULT_SCORING,
     context: Annotated[int, typer.Option(help="Tokens per scored window.")] = 2048,
     test_windows: Annotated[int, typer.Option(help="Windows to score.")] = 40,
     task: Annotated[

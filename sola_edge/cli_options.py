@@ -13,7 +13,9 @@ Align = Annotated[
 Calibration = Annotated[str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")]
 Window = Annotated[int, typer.Option(help="Tokens per calibration window.")]
 Windows = Annotated[int | None, typer.Option(help="Calibration windows to use, at most.")]
-GradientWindows = Annotated[int, typer.Option(help="Of them, how many gradients are taken on; 0: none.")]
+GradientWindows = Annotated[
+    int | None, typer.Option(help="Of them, how many gradients are taken on; 0: none; default: all.")
+]
 CorrectionWindows = Annotated[
     int, typer.Option(help="Of those, how many later layers are corrected on; 0: no correction.")
 ]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import sola_edge
 from sola_edge.cache import cache_folder
-from sola_edge.calibration import STAGES, Calibration, Statistics, collect, read_calibration
+from sola_edge.calibration import STAGES, Calibration, Statistics, read_calibration
 from sola_edge.checkpoint import (
     GENERATION,
     PROVENANCE,
@@ -33,6 +33,7 @@ from sola_edge.checkpoint import (
     save_tensors,
     storage_config,
 )
+from sola_edge.collect import collect
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
 from sola_edge.files import check_folder_target, replace_folder
@@ -85,20 +86,34 @@ def prepare(checkpoint: Checkpoint, settings: CompressionSettings, calibration: 
 
 
 def check_source(checkpoint: Checkpoint, settings: CompressionSettings) -> None:
-    """Refuse a model that is compressed already and a device that is not here. Raises UserError."""
+    """Refuse a model that is compressed already, windows beyond its context, and a device that is not here.
+
+    Raises UserError.
+    """
     if checkpoint.layout:
         raise UserError(f"{checkpoint.path} is compressed already; give the dense model")
+    context = getattr(checkpoint.config, "max_position_embeddings", None)
+    if context is not None and settings.window > context:
+        raise UserError(
+            f"window {settings.window} is more than the {context} tokens that {checkpoint.path} takes; give fewer"
+        )
     if settings.device != "cpu" and not (settings.device == "cuda" and torch.cuda.is_available()):
         raise UserError(f"device {settings.device!r} is not available here; use cpu")
 
 
 def _analyses(model: ModelView, method: Method, statistics: Statistics) -> list[Analysis]:
     """What the method notes of each layer, from the cache or anew."""
-    key = {"method": method.name, "format": WORK_FORMAT, **method.analysis_key(model.settings)}
+    key = {
+        "method": method.name,
+        "format": WORK_FORMAT,
+        "gradient_windows": statistics.gradient_windows,
+        **method.analysis_key(model.settings),
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     journal = Journal(statistics.folder / f"analysis-{digest}")
     found = []
     with filelock.FileLock(journal.folder / ".lock"):
+        journal.tidy()
         for layer in track(range(model.layers), f"analysing for {method.name}, layer by layer"):
             name = f"{layer:03d}.safetensors"
             if not journal.has(name):
@@ -124,7 +139,9 @@ class Compression:
         """Rewrite every layer and put the checkpoint together in the folder `target`."""
         checkpoint = self.model.checkpoint
         journal = Journal(cache_folder("work") / self._key())
-        with filelock.FileLock(journal.folder / ".lock"), replace_folder(target) as partial:
+        lock = filelock.FileLock(journal.folder.with_suffix(".lock"))
+        with lock, replace_folder(target) as partial:
+            journal.tidy()
             self._rewrite(journal)
             writer = CheckpointWriter(partial)
             for name, tensor in self._tensors(journal):
@@ -133,7 +150,7 @@ class Compression:
             if checkpoint.generation:
                 shutil.copy(checkpoint.path / GENERATION, partial)
             self._write_provenance(partial)
-        shutil.rmtree(journal.folder, ignore_errors=True)
+            shutil.rmtree(journal.folder, ignore_errors=True)
 
     @property
     def _correction_windows(self) -> int:
@@ -208,7 +225,7 @@ class Compression:
             "rate": self.plan.rate,
             "settings": self.model.settings.as_dict(),
             "calibration": self.calibration.describe(),
-            "calibration_nll": self.statistics.losses.get("nll"),
+            "calibration_nll": self.statistics.nll,
             "norm_curve": norm_curves(self.statistics, source.layers),
             "plan": asdict(self.plan),
             "weights_sha256": hash_weights(sorted(folder.glob("*.safetensors"))),

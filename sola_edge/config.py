@@ -92,8 +92,8 @@ class CompressionSettings:
     """What a user asks of `sola-edge compress`. Raises UserError on an impossible value.
 
     align None: auto. prime_share: of sola-paper alone; sola chooses it per layer. gradient_windows: how many of
-    the calibration windows gradients are taken on, 0 for none (forward statistics only). correction_windows: how many of
-    those the sequential correction reads, 0 for none.
+    the calibration windows gradients are taken on, 0 for none (forward statistics only); not given: as many as max_windows,
+    None where that is: all. correction_windows: how many of those the sequential correction reads, 0 for none.
     """
 
     rate: float
@@ -101,7 +101,7 @@ class CompressionSettings:
     structure: str = "hybrid"
     align: int | None = None
     factors: str = "auto"
-    gradient_windows: int = 64
+    gradient_windows: int | None = None
     correction_windows: int = 0
     prime_share: float = 0.15
     window: int = 2048
@@ -117,13 +117,20 @@ class CompressionSettings:
             raise UserError(f"window {self.window} is out of range: give at least 2 tokens")
         if self.max_windows is not None and self.max_windows < 1:
             raise UserError(f"windows {self.max_windows} is out of range: give at least 1")
+        if self.gradient_windows is None:
+            object.__setattr__(self, "gradient_windows", self.max_windows)
         for name in ("gradient_windows", "correction_windows"):
             value = getattr(self, name)
-            if value < 0:
+            if value is not None and value < 0:
                 raise UserError(f"{name.replace('_', ' ')} {value} is out of range: give 0 (none) or more")
         if self.correction_windows == 1:
             raise UserError(
                 "correction windows 1 is out of range: give 0 (none) or at least 2, whose halves are compared"
+            )
+        if self.gradient_windows is not None and self.correction_windows > self.gradient_windows:
+            raise UserError(
+                f"correction windows {self.correction_windows} are more than the {self.gradient_windows} that gradients are "
+                "taken on, without which a correction makes things worse; give fewer, or more gradient windows"
             )
         if self.structure not in STRUCTURES:
             raise UserError(f"there is no structure {self.structure!r}; choose one of: {', '.join(STRUCTURES)}")

@@ -7,3 +7,7 @@ Everything that a user can put right (a missing file, a rate out of range, a tru
 
 class UserError(Exception):
     """One clear line: what is wrong, where, and what to do about it."""
+
+
+class Unreachable(UserError):
+    """A rate that a method cannot reach with this model and these settings, whatever is tried again."""

@@ -14,13 +14,15 @@ from pathlib import Path
 
 from sola_edge.errors import UserError
 
+PARTIAL = ".partial"  # how the names of unfinished outputs end
+
 
 def _temporary_beside(target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the folder {target.parent}: {error.strerror}; choose another output") from error
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
 
 
 def _check_place(target: Path) -> None:
@@ -105,6 +107,16 @@ def replace_folder(target: Path) -> Iterator[Path]:
             old.rename(target)
         _remove(partial)
         _remove(old)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises UserError where the folder's disk has less than so many bytes left."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder} needs {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB left; use fewer windows, or set "
+            "SOLA_EDGE_CACHE to a folder on a larger disk"
+        )
 
 
 def sha256_file(path: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sola_edge.errors import UserError
-from sola_edge.files import replace_file, sha256_file
+from sola_edge.files import PARTIAL, replace_file, sha256_file
 
 
 class Journal:
@@ -54,6 +54,11 @@ class Journal:
         self._believed.discard(name)
         self._sidecar(name).unlink(missing_ok=True)
         self.path(name).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Delete what killed processes were writing; for the holder of the folder's lock."""
+        for partial in self.folder.glob(f".*{PARTIAL}"):
+            partial.unlink(missing_ok=True)
 
     def _sidecar(self, name: str) -> Path:
         return self.folder / f"{name}.sha256"

@@ -25,9 +25,10 @@ class NeuronOrder:
 
 def ridged(s: torch.Tensor) -> torch.Tensor:
     """S with `RIDGE` of its own diagonal (and a trace of the mean) added to it, float64."""
-    s = s.double()
-    diagonal = s.diagonal()
-    return s + torch.diag(RIDGE * diagonal + RIDGE**2 * diagonal.mean())
+    found = s.double().clone()
+    diagonal = found.diagonal()
+    diagonal.add_(RIDGE * diagonal + RIDGE**2 * diagonal.mean())
+    return found
 
 
 def neuron_order(down: torch.Tensor, metric: Metric) -> NeuronOrder:
@@ -45,8 +46,9 @@ def neuron_order(down: torch.Tensor, metric: Metric) -> NeuronOrder:
         costs += paid
         stays = torch.ones(len(left), dtype=torch.bool)
         stays[found] = False
-        left, stays = left[stays], stays.to(down.device)
-        inverse, products = inverse[stays][:, stays], products[stays][:, stays]
+        left, at = left[stays], stays.nonzero().flatten().to(down.device)
+        inverse = inverse[at[:, None], at]
+        products = products[at[:, None], at]
     order = torch.tensor(removed[::-1])
     loss = torch.cat([torch.tensor(costs, dtype=torch.float64).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
     return NeuronOrder(order, loss)
@@ -86,12 +88,13 @@ def _remove_block(inverse: torch.Tensor, products: torch.Tensor, count: int) -> 
 
 def refit(down: torch.Tensor, s: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The kept columns of down after they took over what the others contributed: W_K + W_D S_DK S_KK⁻¹. (hidden, kept)."""
-    down, s = down.double(), ridged(s)
+    down = down.double()
     dropped = torch.ones(down.shape[1], dtype=torch.bool, device=down.device)
     dropped[kept] = False
     gone = dropped.nonzero().flatten()
     if not len(gone):
         return down[:, kept]
+    s = ridged(s)
     root = cholesky(s[kept][:, kept])
     return down[:, kept] + torch.cholesky_solve((down[:, gone] @ s[gone][:, kept]).T, root).T
 

@@ -6,7 +6,7 @@ The compression rate is read when a method plans and nowhere after: everything t
 from dataclasses import dataclass, field
 
 from sola_edge.config import RATE_TOLERANCE, MatrixLayout, rate_of
-from sola_edge.errors import UserError
+from sola_edge.errors import Unreachable
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Plan:
 
 
 def check_reachable(asked: float, removable: int, parameters: int, method: str) -> None:
-    """Refuse a rate beyond what a method can remove. Raises UserError."""
+    """Refuse a rate beyond what a method can remove. Raises Unreachable."""
     if round(asked * parameters) > removable:
-        raise UserError(
+        raise Unreachable(
             f"rate {asked:g} cannot be reached: {method} can remove at most {rate_of(removable, parameters):.3f} of this "
             f"model's parameters; ask for less"
         )
@@ -47,11 +47,11 @@ def make_plan(
 ) -> Plan:
     """The plan of these layouts, which save `removed` of `parameters`. align: the coarsest grid.
 
-    Raises UserError when the rate is missed by more than 0.5 % of it.
+    Raises Unreachable when the rate is missed by more than 0.5 % of it.
     """
     rate = rate_of(removed, parameters)
     if abs(rate - asked) > RATE_TOLERANCE * asked:
-        raise UserError(
+        raise Unreachable(
             f"rate {asked:g} cannot be met within 0.5 % with sizes this coarse (nearest: {rate:.4f}); "
             f"give a smaller --align than {align}"
         )

@@ -34,13 +34,19 @@ class LayerRunner:
         self._linears: dict[str, dict[str, nn.Module]] = {}  # the dense modules of a kind of layer, by component
         self._calls: dict[tuple[str, int], Any] = {}
         self._kind = ""
+        self._table: torch.Tensor | None = None
+        self._loaded_head: tuple[nn.Module, torch.Tensor] | None = None
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states (…, tokens, hidden) that enter the first layer, on the CPU."""
+        """Hidden states (…, tokens, hidden) that enter the first layer, on the CPU.
+
+        The table of embeddings stays in memory until `release_vocabulary`.
+        """
         kind = self._kind_of(0)
-        table = self.checkpoint.tensor(f"{self.checkpoint.architecture.embedding}.weight")
+        if self._table is None:
+            self._table = self.checkpoint.tensor(f"{self.checkpoint.architecture.embedding}.weight")
         scale = getattr(self._model(kind).embed_tokens, "embed_scale", 1.0)
-        embedded = F.embedding(ids, table).float() * torch.as_tensor(scale).cpu()
+        embedded = F.embedding(ids, self._table).float() * torch.as_tensor(scale).cpu()
         return self._caught(kind, embedded)[0][0].cpu()
 
     def load(self, layer: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -109,7 +115,7 @@ class LayerRunner:
 
     @property
     def _head(self) -> tuple[nn.Module, torch.Tensor]:
-        if not hasattr(self, "_loaded_head"):
+        if self._loaded_head is None:
             row = self.checkpoint.architecture
             norm = self._model(self._kind_of(0)).norm
             norm.load_state_dict({"weight": self.checkpoint.tensor(f"{row.final_norm}.weight").float()}, assign=True)
@@ -118,10 +124,9 @@ class LayerRunner:
             self._loaded_head = (norm.to(self.device).requires_grad_(False), head)
         return self._loaded_head
 
-    def release_head(self) -> None:
-        """Drop the output head, which can be as large as a layer."""
-        if hasattr(self, "_loaded_head"):
-            del self._loaded_head
+    def release_vocabulary(self) -> None:
+        """Drop the table of embeddings and the output head, each of which can be as large as a layer."""
+        self._table = self._loaded_head = None
 
     def _kind_of(self, layer: int) -> str:
         """What sort of layer it is where a model has several (sliding and full attention); else one sort for all."""

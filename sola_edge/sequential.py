@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from sola_edge.activations import Activations
-from sola_edge.calibration import PROBE, STAGES, Gram
+from sola_edge.calibration import PROBE, STAGES
 from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
+from sola_edge.gram import Gram
 from sola_edge.journal import Journal
 from sola_edge.layers import empty_linear
 from sola_edge.runner import LayerRunner
@@ -38,11 +39,14 @@ class Sequential:
 
     def start(self) -> None:
         """Write the embeddings, where both streams begin, unless a later layer was reached before."""
-        for stream in ("original", "compressed"):
-            if not self._journal.has(_state(stream, 0)):
-                with self._writing(_state(stream, 0)) as states:
-                    for i, ids in enumerate(self._windows):
-                        states.put(i, self._runner.embed(ids[None])[0])
+        if self.reached(0):
+            return
+        with self._writing(_state("original", 0)) as original, self._writing(_state("compressed", 0)) as compressed:
+            for i, ids in enumerate(self._windows):
+                embedded = self._runner.embed(ids[None])[0]
+                original.put(i, embedded)
+                compressed.put(i, embedded)
+        self._runner.release_vocabulary()
 
     def reached(self, layer: int) -> bool:
         """Whether both streams wait before that layer."""

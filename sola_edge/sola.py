@@ -32,12 +32,13 @@ class Sola:
 
     name: str = "sola"
     summary: str = "two-sided metric, dropped neurons, one budget, sequential correction"
+    published: bool = False
 
     def check(self, model: ModelView) -> None:
         """Raises UserError for an alignment as large as the FFN."""
         model.check_align()
 
-    def gradient_windows(self, settings: CompressionSettings) -> int:
+    def gradient_windows(self, settings: CompressionSettings) -> int | None:
         return settings.gradient_windows
 
     def analysis_key(self, settings: CompressionSettings) -> dict[str, object]:

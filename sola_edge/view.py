@@ -200,8 +200,13 @@ class Method(Protocol):
         """Refuse what the method cannot do, before any minute of computing. Raises UserError."""
         ...
 
-    def gradient_windows(self, settings: CompressionSettings) -> int:
-        """How many calibration windows the method wants gradients of."""
+    @property
+    def published(self) -> bool:
+        """Whether it is as published: without structures, forms of factors, gradients or a correction to choose."""
+        ...
+
+    def gradient_windows(self, settings: CompressionSettings) -> int | None:
+        """How many calibration windows the method wants gradients of; None: all."""
         ...
 
     def analysis_key(self, settings: CompressionSettings) -> dict[str, object]:

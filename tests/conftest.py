@@ -25,7 +25,7 @@ def own_statistics(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
         (folder / name).mkdir(parents=True, exist_ok=True)
         return folder / name
 
-    monkeypatch.setattr("sola_edge.calibration.cache_folder", cache_folder)
+    monkeypatch.setattr("sola_edge.collect.cache_folder", cache_folder)
     monkeypatch.setattr("sola_edge.compress.cache_folder", cache_folder)
 
 

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sola_edge  # noqa: F401  (registers the quantization method)
 from sola_edge.architecture import ARCHITECTURES, COMPONENTS, attention_implementation, matrix_shape, rope_type
-from sola_edge.calibration import INPUT_OF, PROBE, Calibration, collect
+from sola_edge.calibration import INPUT_OF, PROBE, Calibration
 from sola_edge.checkpoint import Checkpoint, copy_checkpoint, open_checkpoint
+from sola_edge.collect import collect
 from sola_edge.compress import compress
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError

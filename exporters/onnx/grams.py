@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from exporters.support import choose
-from sola_edge.calibration import INPUT_OF, Statistics, collect, read_calibration
+from sola_edge.calibration import INPUT_OF, Statistics, read_calibration
 from sola_edge.checkpoint import Checkpoint
+from sola_edge.collect import collect
 from sola_edge.errors import UserError
 from sola_edge.texts import DEFAULT_CALIBRATION, load_text
 
