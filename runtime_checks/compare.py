@@ -5,70 +5,37 @@ comparison goes on where it was.
 """
 
 import datetime
-import importlib.util
 import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from runtime_checks.compare_cell import Job, Ruler, add_tasks, make_cell
-from runtime_checks.compare_labels import folder_name, settings_of
+from runtime_checks.compare_labels import folder_name
 from runtime_checks.compare_schema import (
     COMPARISON,
-    CalibrationRecord,
     Cell,
     Comparison,
-    ComparisonProtocol,
     read_comparison,
     write_comparison,
 )
-from runtime_checks.machine import checked_threads, machine, packages
+from runtime_checks.machine import checked_threads, machine
 from runtime_checks.protocol import make_protocol
 from runtime_checks.schema import Perplexity
+from runtime_checks.study import Common, check_place, checked_settings, refuse_other, study_protocol
+from runtime_checks.study_schema import StudyProtocol
 from runtime_checks.task_files import read_tasks
 from runtime_checks.task_schema import TaskFile
 from runtime_checks.tasks import check_tasks, describe, measure_checkpoint
-from sola_edge.calibration import read_calibration
 from sola_edge.checkpoint import PROVENANCE, Checkpoint, copy_checkpoint, open_checkpoint
-from sola_edge.collect import FORMAT as STATISTICS_FORMAT
-from sola_edge.compress import WORK_FORMAT, check_source
-from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
 from sola_edge.files import check_folder_target, replace_file
-from sola_edge.methods import method_named
 from sola_edge.progress import console
-from sola_edge.texts import DEFAULT_CALIBRATION, DEFAULT_SCORING, load_text
-from sola_edge.view import ModelView
+from sola_edge.texts import DEFAULT_SCORING, load_text
 
 CHECKPOINTS = "checkpoints"
-COMPUTING = ("sola-edge", "torch", "transformers", "numpy")  # packages whose version figures depend on
-
-
-@dataclass(frozen=True)
-class Common:
-    """What all methods are given; see CompressionSettings."""
-
-    calibration: str = DEFAULT_CALIBRATION
-    align: int | None = None
-    window: int = CompressionSettings.window
-    windows: int | None = CompressionSettings.max_windows
-    gradient_windows: int | None = CompressionSettings.gradient_windows
-    correction_windows: int = CompressionSettings.correction_windows
-    device: str = CompressionSettings.device
-
-    def settings(self, rate: float) -> CompressionSettings:
-        """Raises UserError for an impossible value."""
-        return CompressionSettings(
-            rate=rate,
-            align=self.align,
-            window=self.window,
-            max_windows=self.windows,
-            gradient_windows=self.gradient_windows,
-            correction_windows=self.correction_windows,
-            device=self.device,
-        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +66,7 @@ def compare(
     goes wrong later with the machine (a full disk), when what was measured is kept.
     """
     out = Path(out)
-    _check_place(out)
+    check_place(out, COMPARISON)
     source = open_checkpoint(model)
     jobs = _jobs(source, out, labels, rates, common)
     protocol, ruler = _protocol(Path(model).resolve().name, source, common, scoring)
@@ -114,12 +81,6 @@ def compare(
     return run.found
 
 
-def _check_place(out: Path) -> None:
-    check_folder_target(out, COMPARISON)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("a comparison is drawn by matplotlib: pip install 'sola-edge[report]'")
-
-
 def _jobs(source: Checkpoint, out: Path, labels: Sequence[str], rates: Sequence[float], common: Common) -> list[Job]:
     """Every cell that is asked for, checked. Raises UserError for the first that cannot be."""
     if not labels or not rates:
@@ -127,35 +88,19 @@ def _jobs(source: Checkpoint, out: Path, labels: Sequence[str], rates: Sequence[
     found = []
     for label in labels:
         for rate in rates:
-            settings = settings_of(label, common.settings(rate))
-            check_source(source, settings)
-            method_named(settings.method).check(ModelView(source, settings))
+            settings = checked_settings(source, label, rate, common)
             folder = out / CHECKPOINTS / folder_name(label, rate)
             check_folder_target(folder, PROVENANCE)
             found.append(Job(label, rate, settings, folder))
     return found
 
 
-def _protocol(name: str, source: Checkpoint, common: Common, scoring: Scoring) -> tuple[ComparisonProtocol, Ruler]:
+def _protocol(name: str, source: Checkpoint, common: Common, scoring: Scoring) -> tuple[StudyProtocol, Ruler]:
     """What all cells share. Raises UserError for texts that are missing or too short."""
     tokenizer = source.tokenizer()
     text = load_text(scoring.text)
     scored = make_protocol(text.joined, tokenizer, scoring.context, scoring.windows, text.name)
-    calibration = read_calibration(load_text(common.calibration), tokenizer, common.window, common.windows)
-    shared = {name: value for name, value in asdict(common).items() if name not in ("calibration", "window", "windows")}
-    protocol = ComparisonProtocol(
-        model=name,
-        weights_sha256=source.weights_sha256,
-        scoring=scored.record(),
-        calibration=CalibrationRecord(**calibration.describe()),
-        options={
-            **shared,
-            "windows asked": common.windows,
-            "format of statistics": STATISTICS_FORMAT,
-            "format of layers": WORK_FORMAT,
-        },
-        versions={name: version for name, version in packages().items() if name in COMPUTING},
-    )
+    protocol = study_protocol(name, source, common, scored, tokenizer)
     threads = checked_threads(scoring.threads)
     if scoring.questions is not None and not scoring.tasks:
         raise UserError("a limit of questions says nothing without a task: name a task file too")
@@ -164,15 +109,13 @@ def _protocol(name: str, source: Checkpoint, common: Common, scoring: Scoring) -
     return protocol, Ruler(text, scoring.context, scoring.windows, threads, scored.ids_sha256, tasks)
 
 
-def _resumed(out: Path, protocol: ComparisonProtocol) -> Comparison | None:
+def _resumed(out: Path, protocol: StudyProtocol) -> Comparison | None:
     """The comparison that the folder holds. Raises UserError when it was made under another protocol."""
     path = out / COMPARISON
     if not path.exists():
         return None
     known = read_comparison(path)
-    difference = known.protocol.difference(protocol)
-    if difference:
-        raise UserError(f"{path} is a comparison under another protocol ({difference}); give another folder")
+    refuse_other(path, known.protocol, protocol, "comparison", "give another folder")
     return known
 
 
@@ -194,7 +137,7 @@ class _Run:
         self.source, self.out, self.common, self.ruler, self.keep = source, out, common, ruler, keep
         self.found: Comparison
 
-    def begin(self, known: Comparison | None, protocol: ComparisonProtocol, jobs: Sequence[Job]) -> None:
+    def begin(self, known: Comparison | None, protocol: StudyProtocol, jobs: Sequence[Job]) -> None:
         """What is known goes on. Raises UserError where its tasks are others than those asked for."""
         files = describe(self.ruler.tasks)
         if known and files and known.task_files and _asked(known.task_files) != _asked(files):

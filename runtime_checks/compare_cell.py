@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from runtime_checks.checks import measure_perplexity
-from runtime_checks.compare_schema import Cell, Estimate, Seconds
+from runtime_checks.compare_schema import Cell, Seconds
+from runtime_checks.estimates import exponential, paired_rise
 from runtime_checks.memory import resident
-from runtime_checks.perplexity import mean_and_error
 from runtime_checks.schema import Perplexity
 from runtime_checks.task_files import Task
 from runtime_checks.task_schema import TaskResult
@@ -136,20 +134,6 @@ def _with_tasks(cell: Cell, job: Job, ruler: Ruler, dense_tasks: Sequence[TaskRe
     except UserError as error:
         return cell.model_copy(update={"status": "failed", "reason": str(error), "rise": None, "ratio": None})
     return cell.model_copy(update={"tasks": found})
-
-
-def paired_rise(dense: Perplexity, found: Perplexity) -> Estimate:
-    """Mean over windows of NLL - the dense model's NLL, nats, and the standard error of that mean."""
-    pairs = zip(found.window_nll, dense.window_nll, strict=True)
-    each = [np.array([now - before]) for now, before in pairs if now is not None and before is not None]
-    mean, error = mean_and_error(each)
-    return Estimate(value=mean, standard_error=error if len(each) > 1 else None)
-
-
-def exponential(rise: Estimate) -> Estimate:
-    """exp of an estimate, its error by the delta method."""
-    value = math.exp(min(rise.value, 700.0))  # exp overflows at 709
-    return Estimate(value=value, standard_error=None if rise.standard_error is None else value * rise.standard_error)
 
 
 def _forget_peak() -> bool:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from runtime_checks.compare_schema import Cell, Comparison, Estimate
+from runtime_checks.compare_schema import Cell, Comparison
+from runtime_checks.pictures import plain_ticks, write_panels
 from runtime_checks.plots import LINE_COLOURS, STYLES
-from sola_edge.files import replace_file
+from runtime_checks.study_schema import Estimate
 
 BAND = 0.2  # of the measured rise: how near a good prediction is
 CEILING = 100.0  # perplexity ÷ dense: what is above has collapsed, and how far would only flatten all other lines
@@ -13,16 +14,7 @@ CEILING = 100.0  # perplexity ÷ dense: what is above has collapsed, and how far
 
 def write_plot(comparison: Comparison, path: Path) -> None:
     """Write the picture as PNG. Raises UserError if the place is not writable."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    draw_ratios(left, comparison)
-    draw_predictions(right, comparison)
-    with replace_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=150, facecolor="white")
+    write_panels(path, [lambda axes: draw_ratios(axes, comparison), lambda axes: draw_predictions(axes, comparison)])
 
 
 def colour_and_style(comparison: Comparison, label: str) -> tuple[str, str]:
@@ -48,7 +40,7 @@ def draw_ratios(axes: Any, comparison: Comparison) -> None:
         _mark_collapsed(axes, cells, colour)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_yscale("log")
-    _plain_ticks(axes.yaxis)
+    plain_ticks(axes.yaxis)
     axes.set_xlabel("share of the parameters removed")
     axes.set_ylabel("perplexity ÷ dense")
     if axes.get_legend_handles_labels()[0]:
@@ -97,17 +89,5 @@ def _diagonal(axes: Any, values: list[float]) -> None:
     if positive:
         axes.set_xscale("log")
         axes.set_yscale("log")
-        _plain_ticks(axes.xaxis)
-        _plain_ticks(axes.yaxis)
-
-
-def _plain_ticks(axis: Any) -> None:
-    """Within two decades of a log scale, numbers as they are spoken, where matplotlib would write powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    low, high = axis.get_view_interval()
-    if low <= 0 or high / low > 100:
-        return
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+        plain_ticks(axes.xaxis)
+        plain_ticks(axes.yaxis)

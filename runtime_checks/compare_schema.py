@@ -4,23 +4,16 @@ Units: nats for losses, bytes, seconds. A figure that was not measured or is not
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from runtime_checks.json_file import read_model, write_model
-from runtime_checks.schema import Frozen, Machine, Perplexity, ProtocolRecord
+from runtime_checks.schema import Frozen, Machine, Perplexity
+from runtime_checks.study_schema import Estimate, Status, StudyProtocol
 from runtime_checks.task_schema import TaskFile, TaskResult
 
 COMPARISON = "compare.json"
-Status = Literal["measured", "unreachable", "failed"]
-
-
-class Estimate(Frozen):
-    """A value and its standard error, null where a single window says nothing of it."""
-
-    value: float
-    standard_error: float | None
 
 
 class Seconds(Frozen):
@@ -29,42 +22,6 @@ class Seconds(Frozen):
     prepare: float
     write: float
     measure: float
-
-
-class CalibrationRecord(Frozen):
-    """What was calibrated on."""
-
-    text: str
-    sha256: str
-    windows: int
-    window: int
-    tokens: int
-
-
-class ComparisonProtocol(Frozen):
-    """What all cells share. Figures under different protocols are not compared: a comparison goes on only under its own."""
-
-    model: str
-    weights_sha256: dict[str, str]
-    scoring: ProtocolRecord
-    calibration: CalibrationRecord
-    options: dict[str, int | str | None]
-    versions: dict[str, str]
-
-    def difference(self, other: "ComparisonProtocol") -> str | None:
-        """The first thing in which another protocol differs, in words."""
-        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
-        for name in {**mine, **theirs}:
-            if name != "model" and mine.get(name) != theirs.get(name):
-                return f"{name} {mine.get(name)} there, {theirs.get(name)} now"
-        return None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}: ") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 class Cell(Frozen):
@@ -98,7 +55,7 @@ class Comparison(Frozen):
     created: str  # UTC, ISO 8601; this and the next two are of the run that last added to it
     command: list[str]
     machine: Machine
-    protocol: ComparisonProtocol
+    protocol: StudyProtocol
     dense: Perplexity | None  # null until it is measured
     task_files: list[TaskFile] = Field(default_factory=list)
     dense_tasks: list[TaskResult] = Field(default_factory=list)

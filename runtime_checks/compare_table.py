@@ -3,12 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from runtime_checks.compare_schema import Comparison, Estimate
+from runtime_checks.compare_schema import Comparison
+from runtime_checks.grids import estimate, grid, print_grid
 from runtime_checks.summary import DASH, number
 from runtime_checks.task_schema import TaskResult
 
@@ -21,43 +19,34 @@ def markdown(comparison: Comparison) -> str:
     parts = [
         f"# {comparison.protocol.model}, compressed by {len(comparison.labels)} methods",
         EXPLAINED,
-        _grid(("Method", *_heads(comparison)), _rows(comparison)),
+        grid(("Method", *_heads(comparison)), _rows(comparison)),
         dense_line(comparison),
         *(f"{line}" for line in reasons(comparison)),
     ]
     if comparison.dense_tasks:
-        parts += [task_line(comparison), _grid(task_heads(comparison), task_rows(comparison))]
+        parts += [task_line(comparison), grid(task_heads(comparison), task_rows(comparison))]
     predicted = prediction_rows(comparison)
     if predicted:
         heading = "Rise of the loss, nats per token. Predicted on the calibration text, before the correction."
-        parts += [heading, _grid(PREDICTED, predicted)]
+        parts += [heading, grid(PREDICTED, predicted)]
     return "\n\n".join([*parts, protocol_line(comparison)]) + "\n"
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print the same to stdout."""
     console = console or Console()
-    _print_grid(console, ("Method", *_heads(comparison)), _rows(comparison))
+    print_grid(console, ("Method", *_heads(comparison)), _rows(comparison))
     console.print(EXPLAINED, style="dim", highlight=False)
     console.print(dense_line(comparison), markup=False, highlight=False)
     for line in reasons(comparison):
         console.print(line, markup=False, highlight=False, style="yellow")
     if comparison.dense_tasks:
-        _print_grid(console, task_heads(comparison), task_rows(comparison))
+        print_grid(console, task_heads(comparison), task_rows(comparison))
         console.print(task_line(comparison), style="dim", markup=False, highlight=False)
     predicted = prediction_rows(comparison)
     if predicted:
-        _print_grid(console, PREDICTED, predicted)
+        print_grid(console, PREDICTED, predicted)
     console.print(protocol_line(comparison), style="dim", markup=False, highlight=False)
-
-
-def estimate(found: Estimate | None) -> str:
-    """Value ± standard error, to four digits of the value and at most three decimals."""
-    if found is None:
-        return DASH
-    decimals = max(0, 3 - int(math.log10(max(abs(found.value), 1.0))))
-    text = f"{found.value:.{decimals}f}"
-    return text if found.standard_error is None else f"{text} ± {found.standard_error:.{decimals}f}"
 
 
 def dense_line(comparison: Comparison) -> str:
@@ -153,17 +142,3 @@ def _cell(comparison: Comparison, label: str, rate: float) -> str:
     if found is None:
         return DASH
     return estimate(found.ratio) if found.status == "measured" else found.status
-
-
-def _grid(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [heads, tuple(["---"] + ["---:"] * (len(heads) - 1)), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _print_grid(console: Console, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)

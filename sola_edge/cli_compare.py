@@ -64,9 +64,10 @@ def compare(
     asked = rates(rates_)
     labels = items(methods, "methods")
     multiple = alignment(align)
-    from runtime_checks.compare import Common, Scoring
+    from runtime_checks.compare import Scoring
     from runtime_checks.compare import compare as run
     from runtime_checks.compare_table import print_comparison
+    from runtime_checks.study import Common
 
     common = Common(
         calibration=calibration,

@@ -13,11 +13,14 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runtime_checks.compare as module
-from runtime_checks.compare import Common, Scoring, compare
-from runtime_checks.compare_cell import _same_plan, paired_rise
-from runtime_checks.compare_schema import Comparison, Estimate, read_comparison
+from runtime_checks.compare import Scoring, compare
+from runtime_checks.compare_cell import _same_plan
+from runtime_checks.compare_schema import Comparison, read_comparison
 from runtime_checks.compare_table import markdown
+from runtime_checks.estimates import paired_rise
 from runtime_checks.perplexity import perplexity
+from runtime_checks.study import Common
+from runtime_checks.study_schema import Estimate
 from runtime_checks.tasks import measure_tasks
 from sola_edge.checkpoint import PROVENANCE, open_checkpoint
 from sola_edge.cli_compare import add_commands

@@ -13,11 +13,12 @@ from layouts import LAYERS, MIXED, NEURONS, checkpoint_with
 from rich.console import Console
 
 from runtime_checks.checks import new_report
-from runtime_checks.compare_schema import CalibrationRecord, Cell, Comparison, ComparisonProtocol, write_comparison
+from runtime_checks.compare_schema import Cell, Comparison, write_comparison
 from runtime_checks.explain import Explanation, explain
 from runtime_checks.explain_page import page, write_page
 from runtime_checks.explain_table import print_explanation, totals
 from runtime_checks.schema import ProtocolRecord
+from runtime_checks.study_schema import CalibrationRecord, StudyProtocol
 from sola_edge.architecture import COMPONENTS
 from sola_edge.checkpoint import PROVENANCE, open_checkpoint
 from sola_edge.cli_compare import add_commands
@@ -150,7 +151,7 @@ def sample_comparison(cells: list[Cell]) -> Comparison:
         text="t", text_sha256="0", ids_sha256="1", context=8, windows=2, stride=8, bos=False, tokens_scored=14
     )
     calibration = CalibrationRecord(text="c", sha256="2", windows=8, window=64, tokens=512)
-    protocol = ComparisonProtocol(
+    protocol = StudyProtocol(
         model="m", weights_sha256={}, scoring=scoring, calibration=calibration, options={}, versions={}
     )
     about = {"created": where.created, "command": where.command, "machine": where.machine}

@@ -1,0 +1,37 @@
+"""Tables of text: as Markdown, and on the terminal."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from runtime_checks.study_schema import Estimate
+from runtime_checks.summary import DASH
+
+
+def estimate(found: Estimate | None) -> str:
+    """Value ± standard error, to four digits of the value and at most three decimals."""
+    if found is None:
+        return DASH
+    decimals = max(0, 3 - int(math.log10(max(abs(found.value), 1.0))))
+    text = f"{found.value:.{decimals}f}"
+    return text if found.standard_error is None else f"{text} ± {found.standard_error:.{decimals}f}"
+
+
+def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are right-aligned."""
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_grid(console: Console, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The same on the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
