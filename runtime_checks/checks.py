@@ -19,8 +19,6 @@ from typing import Any
 from runtime_checks.artefacts import open_artefact
 from runtime_checks.costs import costs_of
 from runtime_checks.machine import checked_threads, machine, packages
-from runtime_checks.metrics import Floats
-from runtime_checks.perplexity import perplexity
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol
 from runtime_checks.reference import Reference
@@ -30,7 +28,6 @@ from runtime_checks.subject import Subject
 from runtime_checks.throughput import interleave
 from sola_edge.checkpoint import load_tokenizer
 from sola_edge.errors import UserError
-from sola_edge.progress import track
 
 VOCABULARY_OF_ANY_MODEL = 256  # prompts of a speed test use ids below this when no tokenizer is at hand
 WARM_UP = 8
@@ -203,18 +200,11 @@ def measure_perplexity(
     protocol = make_protocol(text, load_tokenizer(Path(tokenizer_from or path)), context, windows, text_name)
     try:
         with ExitStack() as stack:
-            child = subjects[0].start(stack, threads, context)
-            subjects[0].found["perplexity"] = perplexity(_nll(child, protocol, subjects[0].label))
+            subjects[0].start(stack, threads, context)
+            subjects[0].score(protocol)
     except CheckError as error:
         subjects[0].reasons.append(str(error))
     return new_report(threads, protocols=[protocol.record()], results=[subjects[0].result()])
-
-
-def _nll(child: Any, protocol: Protocol, label: str) -> list[Floats]:
-    import numpy as np
-
-    asked = (child.ask("nll", ids=ids.tolist())["nll"] for ids in track(list(protocol.ids), f"perplexity of {label}"))
-    return [np.array([np.nan if v is None else v for v in window]) for window in asked]
 
 
 def notes() -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from runtime_checks.compare_schema import Comparison
-from runtime_checks.grids import estimate, grid, print_grid
+from runtime_checks.grids import estimate, grid, print_grid, protocol_line
 from runtime_checks.summary import DASH, number
 from runtime_checks.task_schema import TaskResult
 
@@ -29,7 +29,7 @@ def markdown(comparison: Comparison) -> str:
     if predicted:
         heading = "Rise of the loss, nats per token. Predicted on the calibration text, before the correction."
         parts += [heading, grid(PREDICTED, predicted)]
-    return "\n\n".join([*parts, protocol_line(comparison)]) + "\n"
+    return "\n\n".join([*parts, _how(comparison)]) + "\n"
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
@@ -46,7 +46,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     predicted = prediction_rows(comparison)
     if predicted:
         print_grid(console, PREDICTED, predicted)
-    console.print(protocol_line(comparison), style="dim", markup=False, highlight=False)
+    console.print(_how(comparison), style="dim", markup=False, highlight=False)
 
 
 def dense_line(comparison: Comparison) -> str:
@@ -113,20 +113,8 @@ def prediction_rows(comparison: Comparison) -> list[tuple[str, ...]]:
     ]
 
 
-def protocol_line(comparison: Comparison) -> str:
-    """How it was measured, in one paragraph."""
-    protocol, where = comparison.protocol, comparison.machine
-    scoring, calibration = protocol.scoring, protocol.calibration
-    options = ", ".join(
-        f"{name.replace('_', ' ')} {value}" for name, value in protocol.options.items() if value is not None
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in protocol.versions.items())
-    return (
-        f"Scored: {scoring.text} (SHA-256 {scoring.text_sha256}), {scoring.windows} windows × {scoring.context} tokens, "
-        f"no BOS, in PyTorch fp32. Calibrated: {calibration.text} (SHA-256 {calibration.sha256}), {calibration.windows} "
-        f"windows × {calibration.window} tokens. Options: {options}. Versions: {versions}, Python {where.python}. "
-        f"Machine: {where.processor}, {where.cores} cores, {where.threads_used} threads, {where.system}."
-    )
+def _how(comparison: Comparison) -> str:
+    return protocol_line(comparison.protocol, comparison.machine, "in PyTorch fp32")
 
 
 def _heads(comparison: Comparison) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tables of text: as Markdown, and on the terminal."""
+"""Tables of text: as Markdown, and on the terminal; and the line below that says how a study was measured."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime_checks.study_schema import Estimate
+from runtime_checks.schema import Machine
+from runtime_checks.study_schema import Estimate, StudyProtocol
 from runtime_checks.summary import DASH
 
 
@@ -35,3 +36,18 @@ def print_grid(console: Console, heads: Sequence[str], rows: Iterable[Sequence[s
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def protocol_line(protocol: StudyProtocol, where: Machine, how: str) -> str:
+    """How a study was measured, in one paragraph; `how`: in which runtime."""
+    scoring, calibration = protocol.scoring, protocol.calibration
+    options = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in protocol.options.items() if value is not None
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in protocol.versions.items())
+    return (
+        f"Scored: {scoring.text} (SHA-256 {scoring.text_sha256}), {scoring.windows} windows × {scoring.context} tokens, "
+        f"no BOS, {how}. Calibrated: {calibration.text} (SHA-256 {calibration.sha256}), {calibration.windows} "
+        f"windows × {calibration.window} tokens. Options: {options}. Versions: {versions}, Python {where.python}. "
+        f"Machine: {where.processor}, {where.cores} cores, {where.threads_used} threads, {where.system}."
+    )

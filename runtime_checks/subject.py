@@ -19,7 +19,7 @@ from runtime_checks.reference import Reference, compare_all, read_logits, write_
 from runtime_checks.runtimes import RuntimeRow
 from runtime_checks.schema import Memory, Result
 from runtime_checks.throughput import Once, child_once, llama_bench_once, random_prompt
-from sola_edge.progress import status
+from sola_edge.progress import status, track
 
 
 @dataclass
@@ -92,6 +92,12 @@ class Subject:
             file_backed=used.get("file_backed"),
             parts=used["parts"],
         )
+
+    def score(self, protocol: Protocol) -> None:
+        """Perplexity under the protocol; no logits are kept. Raises CheckError."""
+        child, windows = self._running(), track(list(protocol.ids), f"perplexity of {self.label}")
+        asked = (child.ask("nll", ids=ids.tolist())["nll"] for ids in windows)
+        self.found["perplexity"] = perplexity([np.array([np.nan if v is None else v for v in nll]) for nll in asked])
 
     def write_reference(self, protocol: Protocol, scratch: Path) -> Reference:
         """Run the protocol and keep the logits: this is what others are compared with. Raises CheckError."""

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sola_edge import __version__
 from sola_edge.cli_compare import add_commands
+from sola_edge.cli_frontier import add_frontier_commands
 from sola_edge.cli_options import (
     Align,
     Calibration,
@@ -48,6 +49,7 @@ Structure = Annotated[str, typer.Option(help="hybrid: every form; narrow: fewer 
 Factors = Annotated[str, typer.Option(help="plain, pivoted (fewer parameters, outputs reordered), or auto by matrix.")]
 NoGradients = Annotated[bool, typer.Option("--no-gradients", help="Forward statistics alone: faster, and much worse.")]
 add_commands(app)
+add_frontier_commands(app, check_app)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Options that more than one command of the command line takes, and how their words are read."""
 
+import re
 from typing import Annotated
 
 import typer
@@ -49,3 +50,26 @@ def rates(value: str) -> list[float]:
         return list(dict.fromkeys(float(part) for part in parts))
     except ValueError as error:
         raise UserError(f"rates {value!r} holds what is no number; give a list such as 0.2,0.3") from error
+
+
+SIZE = re.compile(r"([0-9]*\.?[0-9]+)\s*([kKMGT]?i?)B")
+POWERS = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4}
+
+
+def size(value: str) -> int:
+    """Bytes of a size such as 2GB (powers of 1,000) or 512MiB (powers of 1,024). Raises UserError."""
+    found = SIZE.fullmatch(value.strip())
+    prefix = found[2] if found else "?"
+    if found is None or prefix == "i" or not float(found[1]):
+        raise UserError(f"size {value!r} is none: give a number above 0 and its unit, such as 2GB, 1.5GiB or 512MiB")
+    unit = 1024 if prefix.endswith("i") else 1000
+    power = POWERS["k" if prefix[:1] == "K" else prefix[:1]]
+    return round(float(found[1]) * unit**power)
+
+
+def counts(value: str, name: str) -> list[int]:
+    """Whole numbers of at least 1 from a list with commas, each once. Raises UserError."""
+    parts = items(value, name)
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"{name} {value!r} holds what is no whole number above 0; give a list such as 512,2048")
+    return list(dict.fromkeys(map(int, parts)))

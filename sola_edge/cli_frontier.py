@@ -1,0 +1,136 @@
+"""The commands `check frontier` and `recommend`: thin, as in cli.py, and importing what they need only when they run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sola_edge.cli_options import (
+    Align,
+    Calibration,
+    CorrectionWindows,
+    Device,
+    GradientWindows,
+    Json,
+    Text,
+    Threads,
+    Window,
+    Windows,
+    alignment,
+    items,
+    rates,
+    size,
+)
+from sola_edge.config import CompressionSettings
+
+
+def add_frontier_commands(app: typer.Typer, check_app: typer.Typer) -> None:
+    """Register the commands."""
+    check_app.command("frontier")(frontier)
+    app.command()(recommend)
+
+
+def frontier(
+    model: Annotated[str, typer.Argument(help="A dense model: a hub id, a folder, or a .gguf file.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="The folder to write; what was begun there goes on. Default: build/frontier/MODEL."),
+    ] = None,
+    rates_: Annotated[
+        str, typer.Option("--rates", help="Compression rates, with commas between them; 0: dense.")
+    ] = "0,0.1,0.2,0.3,0.4",
+    types: Annotated[
+        str, typer.Option("--types", help="GGUF types and ONNX precisions; each goes to the runtimes that take it.")
+    ] = "f16,q8_0,q6_k,q4_k_m,q3_k_m,fp32,int8,int4",
+    runtimes: Annotated[
+        str, typer.Option("--runtimes", "--runtime", help="Of llama.cpp, onnxruntime-genai, onnxruntime.")
+    ] = "llama.cpp,onnxruntime-genai",
+    methods: Annotated[str, typer.Option(help="METHOD[:OPTION…] as of `compare`, e.g. sola,sola:narrow.")] = "sola",
+    imatrix: Annotated[
+        str | None, typer.Option(help="For K- and I-quants: the text of an importance matrix, as of `export gguf`.")
+    ] = None,
+    calibration: Calibration = "python-docstrings",
+    align: Align = "auto",
+    window: Window = CompressionSettings.window,
+    windows: Windows = CompressionSettings.max_windows,
+    gradient_windows: GradientWindows = CompressionSettings.gradient_windows,
+    correction_windows: CorrectionWindows = CompressionSettings.correction_windows,
+    device: Device = "cpu",
+    text: Text = "python-reference",
+    context: Annotated[int, typer.Option(help="Tokens per scored window.")] = 2048,
+    test_windows: Annotated[int, typer.Option(help="Windows to score.")] = 10,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prefill test.")] = 512,
+    generate: Annotated[int, typer.Option(help="Tokens of the decode test.")] = 128,
+    rounds: Annotated[int, typer.Option(help="How often a file takes turns with the dense baseline.")] = 3,
+    threads: Threads = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure all anew: nothing found in OUT counts.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep checkpoints and files in OUT/artefacts.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bytes against perplexity, prefill and decode speed: rates × types × runtimes, with the settings that none beats.
+
+    Example: sola-edge check frontier SmolLM2.gguf build/frontier --rates 0,0.2 --types f16,q8_0,q4_k_m,fp32,int8
+    """
+    asked_rates, chosen = rates(rates_), items(types, "types")
+    labels, runs_on = items(methods, "methods"), items(runtimes, "runtimes")
+    multiple = alignment(align)
+    from runtime_checks.frontier import default_folder
+    from runtime_checks.frontier import frontier as run
+    from runtime_checks.frontier_grid import Asked, Scale
+    from runtime_checks.frontier_table import print_frontier
+    from runtime_checks.study import Common
+
+    common = Common(
+        calibration=calibration,
+        align=multiple,
+        window=window,
+        windows=windows,
+        gradient_windows=gradient_windows,
+        correction_windows=correction_windows,
+        device=device,
+    )
+    asked = Asked(tuple(labels), tuple(asked_rates), tuple(chosen), tuple(runs_on), imatrix)
+    scale = Scale(text, context, test_windows, prompt, generate, rounds, threads)
+    folder = out or default_folder(model)
+    found = run(model, folder, asked, common, scale, fresh=fresh, keep=keep)
+    if as_json:
+        print(found.model_dump_json())
+    else:
+        print_frontier(found)
+        print(f"measured: {folder / 'frontier.md'}, frontier.json, frontier.csv, frontier.png")
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def recommend(
+    source: Annotated[
+        str, typer.Argument(help="A frontier.json, its folder, or the model that `check frontier` measured.")
+    ],
+    memory: Annotated[str, typer.Option(help="What the device has for it, e.g. 2GB or 512MiB: the resident peak.")],
+    min_decode: Annotated[float, typer.Option(help="Tokens per second to decode, at least.")] = 0.0,
+    min_prefill: Annotated[float, typer.Option(help="Tokens per second of a prompt, at least.")] = 0.0,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens to hold; default: those that memory was measured with.")
+    ] = None,
+    runtimes: Annotated[str | None, typer.Option("--runtimes", "--runtime", help="Of these alone.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The setting of least perplexity that fits a device, with the reason, the runners-up, and what is ruled out.
+
+    Exit code 1 when none fits. Speeds are those of the machine that measured.
+
+    Example: sola-edge recommend build/frontier --memory 2GB --min-decode 10
+    """
+    limit = size(memory)
+    only = items(runtimes, "runtimes") if runtimes else None
+    from runtime_checks.recommend import Wanted, frontier_of
+    from runtime_checks.recommend import recommend as run
+    from runtime_checks.recommend_table import print_recommendation
+
+    found = run(frontier_of(source), Wanted(limit, min_decode, min_prefill, context, only))
+    if as_json:
+        print(found.model_dump_json())
+    else:
+        print_recommendation(found)
+    if found.chosen is None:
+        raise typer.Exit(1)
