@@ -1,7 +1,6 @@
 """Which models each exporter has been proved on: those whose exported logits a test compares with PyTorch's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 from sola_edge.architecture import ARCHITECTURES, FULL, SLIDING, head_dim
@@ -11,17 +10,11 @@ from sola_edge.errors import UserError
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Proved:
-    """Model types, and the kinds of attention that their layers may mix."""
-
-    architectures: tuple[str, ...]
-    kinds: frozenset[str]
-
-
+MIXED = frozenset({FULL, SLIDING})
+# By exporter, the model types and the kinds of attention that their layers may mix.
 PROVED = {
-    "ONNX": Proved(tuple(ARCHITECTURES), frozenset({FULL, SLIDING})),
-    "GGUF": Proved(("llama", "mistral", "qwen2"), frozenset({FULL})),
+    "ONNX": dict.fromkeys(ARCHITECTURES, MIXED),
+    "GGUF": {**dict.fromkeys(ARCHITECTURES, frozenset({FULL})), "gemma2": MIXED, "gemma3_text": MIXED},
 }
 # Channels of a head must be a multiple of this: of 16 for GroupQueryAttention to rotate them, of 2 for any rotation.
 HEAD_MULTIPLES = {"genai": 16, "portable": 2}
@@ -43,13 +36,13 @@ def check_supported(checkpoint: Checkpoint, exporter: str) -> None:
 
 def _problem(checkpoint: Checkpoint, exporter: str) -> str | None:
     """What the exporter does not know of this model, {} for its type; None if nothing."""
-    row, config = PROVED[exporter], checkpoint.config
+    proved, config = PROVED[exporter], checkpoint.config
     if getattr(config, "use_bidirectional_attention", False):
         return "does not know the attention of this {} model, which looks ahead"
-    if set(getattr(config, "layer_types", None) or ()) - row.kinds:
+    if config.model_type not in proved:
+        return f"does not know the architecture {{}} (it knows {', '.join(proved)})"
+    if set(getattr(config, "layer_types", None) or ()) - proved[config.model_type]:
         return "does not know the mixture of attention kinds of this {} model"
-    if config.model_type not in row.architectures:
-        return f"does not know the architecture {{}} (it knows {', '.join(row.architectures)})"
     return None
 
 

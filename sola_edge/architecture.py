@@ -177,6 +177,12 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def rotated_channels(config: Any) -> int:
+    """Channels of a head that the rotary embedding turns; the others pass as they are."""
+    share = rope_settings(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    return int(head_dim(config) * (share or 1))
+
+
 def attention_kinds(config: Any) -> tuple[str, ...]:
     """The kind of attention of each layer, as transformers runs it; a `layer_types` that the model class ignores is no kind."""
     sliding = architecture_of(config).sliding

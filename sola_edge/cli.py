@@ -230,6 +230,8 @@ def export_gguf(
         rows["stored_otherwise_because_their_rows_are_no_whole_blocks"] = list(result.fallbacks)
     if result.expanded:
         rows["stored_larger_than_in_the_checkpoint"] = list(result.expanded)
+    if result.window:
+        rows["computes_the_checkpoint_up_to_tokens"] = result.window
     rows["runs_on"] = "any llama.cpp" if result.stock else "the llama.cpp of `sola-edge llama-cpp build`"
     if dense:
         rows["note"] = "the factors are multiplied out: this file runs on any llama.cpp and saves nothing"

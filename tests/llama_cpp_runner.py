@@ -1,5 +1,6 @@
 """What the tests of the GGUF export share: models run by llama.cpp and by PyTorch, and the distance between them."""
 
+import io
 import json
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import dequantize
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from exporters.llama_cpp import Build
+from sola_edge.architecture import attention_implementation
 
 PROBE = Path(__file__).with_name("llama_cpp_probe.py")
 IDS = torch.randint(3, 250, (48,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -43,9 +45,35 @@ def llama_cpp_logits(build: Build, model: Path, **request: Any) -> np.ndarray:
 
 def torch_logits(folder: Path) -> np.ndarray:
     """(tokens, vocabulary) for IDS by transformers in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    attention = attention_implementation(AutoConfig.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     with torch.no_grad():
         return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+def convertible(folder: Path) -> Path:
+    """The folder of a tiny model, with the tokenizer files that llama.cpp's converter wants of its architecture."""
+    add = WANTED.get(json.loads((folder / "config.json").read_text())["model_type"])
+    if add:
+        add(folder)
+    return folder
+
+
+def _sentencepiece(folder: Path) -> None:
+    from sentencepiece import SentencePieceTrainer
+
+    model, words = io.BytesIO(), ["pack my box with five dozen jugs"] * 9
+    settings = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False}
+    SentencePieceTrainer.train(sentence_iterator=iter(words), model_writer=model, minloglevel=2, **settings)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+def _gpt2(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "GPT2Tokenizer"}))
+
+
+WANTED = {"gemma2": _sentencepiece, "phi3": _gpt2}
 
 
 def divergence(reference: np.ndarray, candidate: np.ndarray) -> float:
@@ -53,6 +81,11 @@ def divergence(reference: np.ndarray, candidate: np.ndarray) -> float:
     p = torch.from_numpy(reference).double().log_softmax(-1)
     q = torch.from_numpy(candidate).double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def architecture_of(model: Path) -> str:
+    """What the file says that it is."""
+    return str(gguf.GGUFReader(model).fields["general.architecture"].contents())
 
 
 def rewritten(
@@ -67,7 +100,7 @@ def rewritten(
     Quantized tensors are handed over, and stored, as float32.
     """
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(target, architecture_of(source))
     for key, field in reader.fields.items():
         if not key.startswith(("GGUF.", "general.architecture")):
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,20 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from layouts import EQUALLY_NARROW, HIDDEN, LAYERS, MIXED, NARROW, NEURONS, Layouts, checkpoint_with, down, gate
-from llama_cpp_runner import divergence, llama_cpp_logits, probe, rewritten, torch_logits
+from layouts import (
+    EQUALLY_NARROW,
+    HIDDEN,
+    LAYERS,
+    MIXED,
+    NARROW,
+    NEURONS,
+    Layouts,
+    checkpoint_with,
+    down,
+    gate,
+    with_biases,
+)
+from llama_cpp_runner import convertible, divergence, llama_cpp_logits, probe, rewritten, torch_logits
 
 from exporters.gguf import export
 from exporters.gguf.forms import OURS, choose_form
@@ -43,6 +54,21 @@ VARIANTS = {
     "llama-linear-rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "mistral": {"model_type": "mistral", "tied": False, "sliding_window": None},
     "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3"},
+    "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 32},
+    "gemma3": {"model_type": "gemma3_text", "query_pre_attn_scalar": 32},
+    "phi3": {"model_type": "phi3"},
+}
+LONGROPE = {"type": "longrope", "short_factor": [1.0 + i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+# llama.cpp rounds a context up to 256 tokens: longer than the first, and not than the second.
+PHI_LONG = {"model_type": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 32}
+PHI_SHORT = {**PHI_LONG, "original_max_position_embeddings": 512, "max_position_embeddings": 1024}
+PHI_PARTLY = {"model_type": "phi3", "partial_rotary_factor": 0.5, "tied": False}
+# Without the biases that few architectures of llama.cpp load.
+MIXED_UNBIASED, NARROW_UNBIASED = with_biases(MIXED, ()), with_biases(NARROW, ())
+SCALED_GEMMA = {
+    **{"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16, "tied": False},
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
 
 
@@ -58,7 +84,11 @@ LAYOUTS: dict[str, tuple[Layouts, dict[str, Any]]] = {
     "narrow-llama3-rope": (NARROW, VARIANTS["llama3-rope"]),
     "narrow-linear-rope": (NARROW, VARIANTS["llama-linear-rope"]),
     "equally-narrow": (EQUALLY_NARROW, {}),
-    "every-layout-qwen2": ({key: replace(layout, bias=False) for key, layout in MIXED.items()}, VARIANTS["qwen2"]),
+    "every-layout-qwen2": (MIXED_UNBIASED, VARIANTS["qwen2"]),
+    "every-layout-gemma3": (MIXED_UNBIASED, SCALED_GEMMA),
+    "every-layout-phi3": (MIXED_UNBIASED, PHI_LONG),
+    "narrow-phi3": (NARROW_UNBIASED, PHI_SHORT),
+    "narrow-phi3-partly-rotated": (NARROW_UNBIASED, PHI_PARTLY),
 }
 # Written larger than they are, for their gather or because llama.cpp wants q's and k's rows in another order.
 EXPANDED = {
@@ -317,10 +347,9 @@ def test_a_narrow_file_keeps_the_architecture_where_layers_are_alike(tmp_path: P
 
 
 def test_a_narrow_model_whose_architecture_has_one_width_is_hybrid(narrow: Path) -> None:
-    unbiased = {place: replace(layout, bias=False) for place, layout in NARROW.items()}
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj gained a bias.*qwen2"):
         choose_form(open_checkpoint(narrow), "qwen2", dense=False)
-    checkpoint = open_checkpoint(checkpoint_with(narrow.parent / "unbiased", unbiased))
+    checkpoint = open_checkpoint(checkpoint_with(narrow.parent / "unbiased", NARROW_UNBIASED))
     assert choose_form(checkpoint, "qwen2", dense=False).kind == "hybrid"
     assert choose_form(checkpoint, "llama", dense=False).kind == "narrow"
 
@@ -347,7 +376,7 @@ def test_dense_puts_zeros_where_neurons_were(kind: str, request: pytest.FixtureR
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_llama_cpp_computes_every_layout(case: str, tmp_path: Path, llama_cpp_build: Build) -> None:
     layouts, values = LAYOUTS[case]
-    folder = checkpoint_with(tmp_path / "checkpoint", layouts, **values)
+    folder = convertible(checkpoint_with(tmp_path / "checkpoint", layouts, **values))
     expected = torch_logits(folder)
     for type, dense, limit in (("f32", False, 1e-6), ("f32", True, 1e-6), ("f16", False, 2e-3)):
         export(folder, tmp_path / "x.gguf", type, dense=dense)
@@ -359,7 +388,7 @@ def test_llama_cpp_computes_every_layout(case: str, tmp_path: Path, llama_cpp_bu
 def test_llama_cpp_computes_what_pytorch_does(variant: str, tmp_path: Path, llama_cpp_build: Build) -> None:
     """Dense, factored and recomposed, in F32 (summation order alone differs) and F16."""
     for name, is_compressed in (("dense", False), ("compressed", True)):
-        folder = tiny_checkpoint(tmp_path / name, compressed=is_compressed, **VARIANTS[variant])
+        folder = convertible(tiny_checkpoint(tmp_path / name, compressed=is_compressed, **VARIANTS[variant]))
         expected = torch_logits(folder)
         for type, recomposed, limit in (("f32", False, 1e-6), ("f32", True, 1e-6), ("f16", False, 2e-3)):
             export(folder, tmp_path / "x.gguf", type, dense=recomposed)

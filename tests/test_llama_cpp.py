@@ -1,25 +1,29 @@
 """Our addition to llama.cpp and its build: the insertions, the cache, and what a model with factors may do there."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import tarfile
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from layouts import HIDDEN, MIXED, NEURONS, checkpoint_with
+from llama_cpp_files import DAMAGES, check_adapter, damaged
 from llama_cpp_runner import Refused, llama_cpp_logits, probe, rewritten
 
 from exporters.gguf import export
-from exporters.llama_cpp import Build, CompilerMissing, build, edits, find, info, source_tree
+from exporters.llama_cpp import Build, CompilerMissing, build, edits, find, info, source, source_tree
 from runtime_checks.runtimes import RUNTIMES
 from sola_edge.errors import UserError
 from sola_edge.testing import tiny_checkpoint
 
 FILES = {insertion.file for insertion in edits.INSERTIONS}
+HEADERS = ("src", "include", "ggml/include")
 
 
 def skeleton(folder: Path) -> Path:
@@ -155,6 +159,22 @@ def test_the_addition_fits_the_pinned_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("version", source.EARLIER)
+def test_the_addition_fits_earlier_releases(tmp_path: Path, version: str) -> None:
+    """What it calls is there too: the files that have it are compiled, as far as their meaning goes."""
+    root = f"llama_cpp_python-{version}/vendor/llama.cpp"
+    with tarfile.open(source.sdist(version, source.EARLIER[version])) as archive:
+        wanted = [m for m in archive if m.name.startswith(tuple(f"{root}/{name}/" for name in HEADERS))]
+        archive.extractall(tmp_path, wanted, filter="data")
+    edits.apply(tmp_path / root)
+    compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-fsyntax-only", *(f"-I{name}" for name in HEADERS)]
+    for file in sorted({*FILES, *(f"src/{name}" for name in edits.OUR_FILES)}):
+        if file.endswith(".cpp"):
+            done = subprocess.run([*compiler, file], cwd=tmp_path / root, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[:2000]
+
+
+@pytest.mark.slow
 def test_a_second_build_builds_nothing(llama_cpp_build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # nor needs a compiler
     assert build() == llama_cpp_build
@@ -190,20 +210,6 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     checkpoint_with(folder / "checkpoint", MIXED)
     return export(folder / "checkpoint", folder / "model.gguf", "f32").path
-
-
-DAMAGES: dict[str, Callable[[np.ndarray], np.ndarray | None]] = {
-    "missing": lambda values: None,
-    "a row less": lambda values: values[:-1],
-    "a column less": lambda values: values[:, :-1],
-    "a row more": lambda values: np.vstack([values, values[:1]]),
-    "transposed": lambda values: values.T,
-    "one row": lambda values: values[:1],
-}
-
-
-def damaged(model: Path, target: Path, name: str, change: str) -> Path:
-    return rewritten(model, target, lambda found, values: DAMAGES[change](values) if found == name else values)
 
 
 @pytest.mark.slow
@@ -290,36 +296,6 @@ def test_a_saved_model_is_the_model(
     model, saved = request.getfixturevalue(kind), tmp_path / "saved.gguf"
     expected = llama_cpp_logits(llama_cpp_build, model, save=str(saved))
     np.testing.assert_array_equal(llama_cpp_logits(llama_cpp_build, saved), expected)
-
-
-def lora_adapter(path: Path, shapes: dict[str, tuple[int, int]], neurons: int | None = None) -> Path:
-    """A random rank-4 adapter for weights of these (n_out, n_in); `neurons`: as many in down, the last ones as zeros."""
-    rng = np.random.default_rng(5)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    for name, (n_out, n_in) in shapes.items():
-        a = rng.normal(size=(4, n_in)).astype(np.float32) / 8
-        if neurons and "ffn_down" in name:
-            a = np.pad(a, ((0, 0), (0, neurons - n_in)))
-        writer.add_tensor(f"{name}.lora_a", a)
-        writer.add_tensor(f"{name}.lora_b", rng.normal(size=(n_out, 4)).astype(np.float32) / 8)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def check_adapter(build: Build, model: Path, shapes: dict[str, tuple[int, int]], neurons: int, folder: Path) -> None:
-    """Check that an adapter does to the model what it does to the same model with its factors multiplied out."""
-    dense = export(model.parent / "checkpoint", folder / "dense.gguf", "f32", dense=True).path
-    of_dense = str(lora_adapter(folder / "of_dense.gguf", shapes, neurons))
-    expected = llama_cpp_logits(build, dense, lora=of_dense)
-    found = llama_cpp_logits(build, model, lora=str(lora_adapter(folder / "lora.gguf", shapes)))
-    np.testing.assert_allclose(found, expected, atol=2e-3)
-    assert np.abs(expected - llama_cpp_logits(build, dense)).max() > 0.1
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from exporters.gguf.forms import OURS, Form, choose_form, form_metadata, made_pl
 from exporters.gguf.llama_quantize import Importance
 from exporters.gguf.metadata import add_metadata, conventional_name, converter_metadata
 from exporters.gguf.names import Names
+from exporters.gguf.rows import check_computed, ignored_window
 from exporters.gguf.tensors import Tensor, expanded, tensors
 from exporters.gguf.types import TYPES, TypeRow, encode, type_row
 from exporters.result import ExportResult
@@ -39,6 +40,8 @@ class GGUFExport(ExportResult):
     `tensor_bytes` counts the tensors alone: the rest of `bytes` is the tokenizer and other metadata, and padding.
     `expanded` names the matrices that the file holds in a larger form than the checkpoint: ggml cannot gather their outputs,
     or the type rounds and they are pivoted. `stock`: the file runs on any llama.cpp, and not only on one with our addition.
+    `window`: llama.cpp ignores the sliding window of this architecture, and computes what the checkpoint does for texts of up
+    to so many tokens; None where it always does.
     """
 
     type_counts: dict[str, int]
@@ -46,6 +49,7 @@ class GGUFExport(ExportResult):
     tensor_bytes: int
     expanded: tuple[str, ...]
     stock: bool
+    window: int | None
 
 
 def export(
@@ -83,7 +87,7 @@ def export(
         raise UserError(f"{out} is the model itself; give another name for the file to write")
     if row is None:
         return _by_llama_quantize(checkpoint, out, name, dense, importance)
-    return _export(checkpoint, out, row, dense, row.rounds)
+    return _export(checkpoint, out, row, _form(checkpoint, dense), row.rounds)
 
 
 def _by_llama_quantize(
@@ -92,13 +96,14 @@ def _by_llama_quantize(
     """By way of an F16 file, beside the target and as long as that takes."""
     build = llama_quantize.tools(name)
     with replace_file(out) as partial, tempfile.TemporaryDirectory(dir=partial.parent, prefix=".sola-edge-") as folder:
-        first = _export(checkpoint, Path(folder) / "model.gguf", TYPES["f16"], dense, rounds=True)
+        form = _form(checkpoint, dense)
+        first = _export(checkpoint, Path(folder) / "model.gguf", TYPES["f16"], form, rounds=True)
         matrix = None
         if importance:
             matrix = llama_quantize.importance_matrix(build, first.path, Path(folder), importance)
         types: dict[str, str] = {}
         if not first.stock:
-            dense_file = _without_data(checkpoint, Path(folder) / "dense.gguf")
+            dense_file = _without_data(checkpoint, replace(form, kind="dense"), Path(folder) / "dense.gguf")
             whole = llama_quantize.types_of(build, dense_file, name, matrix)
             stored = (tensor.name for tensor in gguf.GGUFReader(first.path).tensors)
             types = {part: whole[base] for part in stored if (base := whole_name(part)) in whole}
@@ -117,11 +122,19 @@ def _by_llama_quantize(
     return found
 
 
-def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, dense: bool, rounds: bool) -> GGUFExport:
+def _form(checkpoint: Checkpoint, dense: bool) -> Form:
+    """Raises UserError for what llama.cpp cannot hold or would compute otherwise."""
+    architecture = converter_metadata(checkpoint)["general.architecture"].value
+    check_computed(checkpoint, architecture)
+    return choose_form(checkpoint, architecture, dense)
+
+
+def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, form: Form, rounds: bool) -> GGUFExport:
     """rounds: whether the values will be rounded to few bits, here or afterwards, which pivots do not survive."""
-    form, names, plan, writer = _planned(checkpoint, row, dense, rounds)
+    names, plan, writer = _planned(checkpoint, row, form, rounds)
     with replace_file(out) as partial:
         _write(writer, plan, partial)
+    apart = form.kind == "hybrid" and bool(checkpoint.architecture.fused)  # what the architecture has as one
     return GGUFExport(
         path=out,
         files=(out,),
@@ -130,32 +143,32 @@ def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, dense: bool, rounds
         fallbacks=tuple(tensor.name for tensor in plan if tensor.fallback),
         tensor_bytes=sum(tensor.bytes for tensor in plan),
         expanded=expanded(checkpoint, names, form, rounds=rounds),
-        stock=not any(tensor.name.endswith(OURS) for tensor in plan),
+        stock=not (apart or any(tensor.name.endswith(OURS) for tensor in plan)),
+        window=ignored_window(checkpoint.config, form.architecture),
     )
 
 
 def _planned(
-    checkpoint: Checkpoint, row: TypeRow, dense: bool, rounds: bool
-) -> tuple[Form, Names, list[Tensor], gguf.GGUFWriter]:
-    """Form, names and tensors of the file, and a writer that knows them and the metadata and has written nothing."""
-    metadata = converter_metadata(checkpoint)
-    base = metadata["general.architecture"].value
-    form, names = choose_form(checkpoint, base, dense), Names(checkpoint, base)
+    checkpoint: Checkpoint, row: TypeRow, form: Form, rounds: bool
+) -> tuple[Names, list[Tensor], gguf.GGUFWriter]:
+    """Names and tensors of the file, and a writer that knows them and the metadata and has written nothing."""
+    names = Names(checkpoint, form.architecture)
     checkpoint = _without_pivots(checkpoint, form, names, rounds)
     plan = list(tensors(checkpoint, names, row, form))
     writer = gguf.GGUFWriter(None, form.architecture)
     parameters = sum(math.prod(tensor.shape) for tensor in plan)
-    add_metadata(writer, form_metadata(metadata, checkpoint, form), checkpoint.provenance, parameters)
+    metadata = form_metadata(converter_metadata(checkpoint), checkpoint, form)
+    add_metadata(writer, metadata, checkpoint.provenance, parameters)
     writer.add_file_type(row.file_type)
     for tensor in plan:
         shape = quant_shape_to_byte_shape(tensor.shape, tensor.type)
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.bytes, raw_dtype=tensor.type)
-    return form, names, plan, writer
+    return names, plan, writer
 
 
-def _without_data(checkpoint: Checkpoint, out: Path) -> Path:
+def _without_data(checkpoint: Checkpoint, form: Form, out: Path) -> Path:
     """The dense model's F16 file as far as its names and shapes go; instead of weights a hole, which takes no room."""
-    _, _, plan, writer = _planned(checkpoint, TYPES["f16"], dense=True, rounds=False)
+    _, plan, writer = _planned(checkpoint, TYPES["f16"], form, rounds=False)
     _write(writer, [], out)
     align = writer.data_alignment
     os.truncate(out, out.stat().st_size + align + sum(writer.ggml_pad(tensor.bytes, align) for tensor in plan))

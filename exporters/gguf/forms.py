@@ -13,25 +13,21 @@ from functools import partial
 from typing import Literal
 
 import torch
-from gguf import GGUFValueType
+from gguf import GGUFValueType, Keys
 from torch.nn import functional as F
 
 from exporters.gguf.metadata import Value
-from sola_edge.architecture import COMPONENTS, FFN, matrix_shape
+from exporters.gguf.rope import rope_metadata
+from exporters.gguf.rows import ROWS, check_biases, sliding_period, unfused
+from sola_edge.architecture import FFN, matrix_shape
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.config import MatrixLayout
-from sola_edge.errors import UserError
 from sola_edge.layers import recompose
 
 Kind = Literal["dense", "narrow", "hybrid"]
 WHOLE = "weight"
 SUFFIXES = {WHOLE: "prime.weight", "prime": "prime.weight", "A": "lr_a.weight", "B": "lr_b.weight"}
 OURS = tuple(SUFFIXES.values())  # ends of the names that llama.cpp with our addition alone knows
-# GGUF architecture → the one that computes the same and has a width per layer, in every llama.cpp since December 2024
-PER_LAYER = {"llama": "deci"}
-# GGUF architecture → components whose bias llama.cpp loads although the dense model has none
-OPTIONAL_BIASES = {"llama": COMPONENTS, "deci": COMPONENTS}
-ALWAYS_OPTIONAL = ("q", "k", "v")
 
 
 def whole_name(part: str) -> str:
@@ -42,10 +38,13 @@ def whole_name(part: str) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """`kind` of the table above, and the GGUF architecture that the file is written as."""
+    """`kind` of the table above, the architecture that the file is written as, and whether the matrices that transformers fuses
+    are: in files for any llama.cpp, where the architecture has them so.
+    """
 
     kind: Kind
     architecture: str
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,25 +58,26 @@ class Part:
 
 
 def choose_form(checkpoint: Checkpoint, architecture: str, dense: bool) -> Form:
-    """The form of an export under the GGUF architecture that llama.cpp's converter chose.
+    """The form of an export under the architecture that llama.cpp's converter chose.
 
-    A checkpoint of which only whole FFN matrices changed is narrow if llama.cpp can hold the widths. Raises UserError for a
-    bias that compression added and llama.cpp would not load.
+    A checkpoint of which only whole FFN matrices changed is narrow if llama.cpp can hold the widths, under another name where
+    need be. Raises UserError for a bias that llama.cpp would not load.
     """
-    form = Form("dense" if dense or not checkpoint.layout else "hybrid", architecture)
-    if form.kind == "hybrid" and all(_is_whole_ffn(checkpoint, module) for module in checkpoint.layout):
-        if len(set(ffn_widths(checkpoint))) == 1:
-            form = Form("narrow", architecture)
-        elif architecture in PER_LAYER:
-            form = Form("narrow", PER_LAYER[architecture])
-    loaded = OPTIONAL_BIASES.get(form.architecture, ALWAYS_OPTIONAL)
-    for module, layout in checkpoint.layout.items():
-        if layout.bias and checkpoint.architecture.component_of(module) not in loaded:
-            raise UserError(
-                f"{module} gained a bias, which llama.cpp does not load for the architecture {form.architecture!r}; "
-                "compress without it, or export to ONNX"
-            )
+    form = Form("dense", architecture, fused=bool(checkpoint.architecture.fused))
+    if checkpoint.layout and not dense:
+        form = _narrow(checkpoint, architecture) or Form("hybrid", architecture)
+    check_biases(checkpoint, form.architecture)
     return form
+
+
+def _narrow(checkpoint: Checkpoint, architecture: str) -> Form | None:
+    """A form that any llama.cpp runs at the checkpoint's own size, None where there is none."""
+    name = unfused(checkpoint.config, architecture) if checkpoint.architecture.fused else architecture
+    if not name or not all(_is_whole_ffn(checkpoint, module) for module in checkpoint.layout):
+        return None
+    if len(set(ffn_widths(checkpoint))) > 1:
+        name = ROWS[name].per_layer
+    return Form("narrow", name) if name else None
 
 
 def _is_whole_ffn(checkpoint: Checkpoint, module: str) -> bool:
@@ -91,19 +91,24 @@ def ffn_widths(checkpoint: Checkpoint) -> list[int]:
 
 
 def form_metadata(values: dict[str, Value], checkpoint: Checkpoint, form: Form) -> dict[str, Value]:
-    """The converter's metadata under the form's architecture, with the widths of a narrow one."""
-    base = values["general.architecture"].value
+    """The converter's metadata under the form's architecture, and what it does not write: see rope.py, and the widths and
+    kinds of attention of the layers.
+    """
+    base, name, config = values["general.architecture"].value, form.architecture, checkpoint.config
+    count = GGUFValueType.UINT32
     renamed = {
-        f"{form.architecture}.{key.removeprefix(f'{base}.')}" if key.startswith(f"{base}.") else key: value
+        f"{name}.{key.removeprefix(f'{base}.')}" if key.startswith(f"{base}.") else key: value
         for key, value in values.items()
     }
+    added = rope_metadata(config)
+    if ROWS[name].mixes:
+        added[Keys.Attention.SLIDING_WINDOW_PATTERN] = Value(sliding_period(config), count, None)
     if form.kind == "narrow":
         widths = ffn_widths(checkpoint)
-        kind = GGUFValueType.UINT32
-        per_layer = Value(widths, GGUFValueType.ARRAY, kind)
         alike = len(set(widths)) == 1
-        renamed[f"{form.architecture}.feed_forward_length"] = Value(widths[0], kind, None) if alike else per_layer
-    return renamed
+        per_layer = Value(widths, GGUFValueType.ARRAY, count)
+        added[Keys.LLM.FEED_FORWARD_LENGTH] = Value(widths[0], count, None) if alike else per_layer
+    return renamed | {key.format(arch=name): value for key, value in added.items()}
 
 
 def made_plain(layout: MatrixLayout, reordered: bool, rounds: bool) -> bool:
@@ -125,10 +130,14 @@ def _made_whole(layout: MatrixLayout, reordered: bool) -> bool:
 
 
 def parts(checkpoint: Checkpoint, module: str, form: Form, reordered: bool) -> Iterator[Part]:
-    """The tensors that the module's changed matrix becomes, without its bias. Reads no weights.
+    """The tensors that the module's matrix becomes, without its bias. Reads no weights.
 
     What is `made_plain` is so already, see sola_edge/plain.py.
     """
+    if module not in checkpoint.layout:
+        name = f"{module}.{WHOLE}"
+        yield Part(WHOLE, checkpoint.shape(name), partial(checkpoint.tensor, name), True)
+        return
     layout = checkpoint.layout[module]
     whole, own = (layout.n_out, layout.n_in), _dense_shape(checkpoint, module)
 

@@ -119,7 +119,7 @@ def _small_files(checkpoint: Checkpoint, folder: Path) -> None:
             for path in checkpoint.path.glob(pattern):
                 shutil.copyfile(path, folder / path.name)
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-        config = json.loads((folder / "config.json").read_text()) | {"architectures": config["architectures"]}
+        config |= json.loads((folder / "config.json").read_text()) | {"architectures": config["architectures"]}
         config.pop("quantization_config", None)
     else:
         checkpoint.tokenizer().save_pretrained(folder)

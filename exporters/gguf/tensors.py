@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,10 +9,10 @@ from gguf import GGMLQuantizationType
 
 from exporters.gguf.forms import Form, bias, expands, parts
 from exporters.gguf.names import Names, interleave
+from exporters.gguf.rope import rope_divisors
 from exporters.gguf.types import FALLBACK, TypeRow, fits, stored_bytes
-from sola_edge.architecture import rope_settings, rope_type
+from sola_edge.architecture import COMPONENTS, rotated_channels
 from sola_edge.checkpoint import Checkpoint
-from sola_edge.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,20 +32,24 @@ class Tensor:
 
 
 def tensors(checkpoint: Checkpoint, names: Names, row: TypeRow, form: Form) -> Iterator[Tensor]:
-    """All tensors of the file in its order: embedding, layers, final norm, head. Reads no weights.
-
-    Raises UserError for RoPE scaling that GGUF cannot hold.
-    """
+    """All tensors of the file in its order: embedding, layers, final norm, head. Reads no weights."""
     architecture = checkpoint.architecture
-    yield from _module(checkpoint, names, architecture.embedding, row.embedding, form)
-    yield from _rope_frequencies(checkpoint)
-    components = ("attention_norm", "q", "k", "v", "o", "ffn_norm", "gate", "up", "down")
-    for i in range(checkpoint.config.num_hidden_layers):
-        for component in components:
-            yield from _module(checkpoint, names, architecture.module(i, component), row.matrix, form)
-    yield from _module(checkpoint, names, architecture.final_norm, row.matrix, form)
+    yield from _matrix(checkpoint, names, architecture.embedding, row.embedding, form)
+    for name, values in rope_divisors(checkpoint.config).items():
+        yield _tensor(name, (rotated_channels(checkpoint.config) // 2,), row.matrix, _reader(values))
+    for i in range(checkpoint.layers):
+        for norm in (*architecture.hidden_norms, *architecture.head_norms):
+            yield _norm(checkpoint, names, f"{architecture.layer.format(i)}.{norm}")
+        fused = {f"{architecture.layer.format(i)}.{name}": parts for name, parts in architecture.fused.items()}
+        separate = set(COMPONENTS)
+        for module, components in fused.items() if form.fused else ():
+            separate -= set(components)
+            yield _fused(checkpoint, names, module, [architecture.module(i, c) for c in components], row.matrix, form)
+        for component in (c for c in COMPONENTS if c in separate):
+            yield from _matrix(checkpoint, names, architecture.module(i, component), row.matrix, form)
+    yield _norm(checkpoint, names, architecture.final_norm)
     if not checkpoint.tied:
-        yield from _module(checkpoint, names, architecture.head, row.embedding, form)
+        yield from _matrix(checkpoint, names, architecture.head, row.embedding, form)
 
 
 def expanded(checkpoint: Checkpoint, names: Names, form: Form, rounds: bool) -> tuple[str, ...]:
@@ -58,21 +61,33 @@ def expanded(checkpoint: Checkpoint, names: Names, form: Form, rounds: bool) -> 
     )
 
 
-def _module(
+def _matrix(
     checkpoint: Checkpoint, names: Names, module: str, qtype: GGMLQuantizationType, form: Form
 ) -> Iterator[Tensor]:
     base, heads = names.base(module), names.permuted_heads(module)
-    if module in checkpoint.layout:
-        for part in parts(checkpoint, module, form, bool(heads)):
-            read = _reader(part.read, heads if part.outputs else None)
-            yield _tensor(f"{base}.{part.suffix}", part.shape, qtype, read)
-    else:
-        name = f"{module}.weight"
-        yield _tensor(f"{base}.weight", checkpoint.shape(name), qtype, _reader(partial(checkpoint.tensor, name), heads))
+    for part in parts(checkpoint, module, form, bool(heads)):
+        yield _tensor(f"{base}.{part.suffix}", part.shape, qtype, _reader(part.read, heads if part.outputs else None))
     name_of_bias = checkpoint.bias_name(module)
     if name_of_bias:
         shape, values = bias(checkpoint, name_of_bias, form)
         yield _tensor(f"{base}.bias", shape, qtype, _reader(values, heads))
+
+
+def _fused(
+    checkpoint: Checkpoint, names: Names, module: str, children: list[str], qtype: GGMLQuantizationType, form: Form
+) -> Tensor:
+    """Whole matrices as one, rows one below the other."""
+    wholes = [part for child in children for part in parts(checkpoint, child, form, reordered=False)]
+    shape = (sum(part.shape[0] for part in wholes), wholes[0].shape[1])
+    read = _reader(lambda: torch.cat([part.read().float() for part in wholes]))
+    return _tensor(f"{names.base(module)}.weight", shape, qtype, read)
+
+
+def _norm(checkpoint: Checkpoint, names: Names, module: str) -> Tensor:
+    """llama.cpp multiplies by what is stored."""
+    name, added = f"{module}.weight", float(checkpoint.architecture.unit_norms)
+    read = _reader(lambda: checkpoint.tensor(name).float() + added)
+    return _tensor(f"{names.base(module)}.weight", checkpoint.shape(name), GGMLQuantizationType.F32, read)
 
 
 def _tensor(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType, read: Callable[[], np.ndarray]) -> Tensor:
@@ -82,7 +97,7 @@ def _tensor(name: str, shape: tuple[int, ...], qtype: GGMLQuantizationType, read
     return Tensor(name, shape, FALLBACK if fallback else qtype, fallback, read)
 
 
-def _reader(read: Callable[[], torch.Tensor], heads: int | None) -> Callable[[], np.ndarray]:
+def _reader(read: Callable[[], torch.Tensor], heads: int | None = None) -> Callable[[], np.ndarray]:
     """Float32 values; `heads`: with the rows of each head in interleaved pairs."""
 
     def values() -> np.ndarray:
@@ -90,21 +105,3 @@ def _reader(read: Callable[[], torch.Tensor], heads: int | None) -> Callable[[],
         return interleave(array, heads) if heads else array
 
     return values
-
-
-def _rope_frequencies(checkpoint: Checkpoint) -> Iterator[Tensor]:
-    """Divisors of the RoPE frequencies, (head_dim / 2,), for the scaling that GGUF holds as a tensor: llama3's."""
-    config = checkpoint.config
-    kind = rope_type(config)
-    if kind in ("longrope", "dynamic"):
-        raise UserError(f"{checkpoint.path} has RoPE scaling {kind!r}, which the GGUF export does not support")
-    if kind != "llama3":
-        return
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    theta = rope_settings(config).get("rope_theta") or config.rope_theta
-    size = scaled.shape[0]
-    plain = 1.0 / theta ** (torch.arange(size, dtype=torch.float32) / size)
-    divisors = plain / scaled
-    yield _tensor("rope_freqs.weight", (size,), GGMLQuantizationType.F32, divisors.numpy)

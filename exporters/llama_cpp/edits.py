@@ -80,12 +80,19 @@ INSERTIONS = (
         "ggml_mul_mat(ctx0, w, cur);",
         "factors && factors->has(w) ? factors->mul_mat(ctx0, w, cur) : ",
     ),
-    # a feed-forward network of which some neurons are kept as they are: two networks, whose sum it is. Adapters add to the
-    # product of a whole weight, biases and scales are as long as one: with those the weights are multiplied one by one
+    # a feed-forward network whose gate and up the architecture has as one weight and the file has by themselves; then one of
+    # which some neurons are kept as they are: two networks, whose sum it is. Adapters add to the product of a whole weight,
+    # biases and scales are as long as one: with those the weights are multiplied one by one
     Insertion(
         "src/llama-graph.cpp",
         "    ggml_tensor * tmp = up ? build_lora_mm(up, cur) : cur;\n",
         """\
+    llama_factors::ffn halves;
+    if (factors && type_op == LLM_FFN_SWIGLU && !gate && loras->empty() && !up_b && !up_s && \
+factors->unfuse(up, halves)) {
+        return build_ffn(cur, halves.up, nullptr, nullptr, halves.gate, nullptr, nullptr, \
+down, down_b, down_s, act_scales, LLM_FFN_SILU, LLM_FFN_PAR, il);
+    }
     llama_factors::ffn prime, rest;
     if (factors && type_gate == LLM_FFN_PAR && loras->empty() && !up_b && !up_s && !gate_b && !gate_s && \
 !down_s && !act_scales &&

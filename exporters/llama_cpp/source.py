@@ -18,6 +18,11 @@ PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 LLAMA_CPP_COMMIT = "0c1e57098"
+# Earlier releases in which the addition was compiled, by the SHA-256 of their source package.
+EARLIER = {
+    "0.3.33": "369ba03d02caaef42c1ed07bbdc454f7436e47c7675b8b9757fa13fbac6acd92",
+    "0.3.28": "958227b394f413425d6039952096daa0b8b98328c6b99d652862aec775f1672d",
+}
 
 
 def cache_folder() -> Path:
@@ -45,12 +50,19 @@ def converter() -> Path:
     return source_tree() / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
 
 
+def sdist(version: str, sha256: str) -> Path:
+    """The source package of a version, from the cache or downloaded (50 to 80 MB). Raises UserError as `source_tree` does."""
+    # of this package the source; what pip needs to read the source's metadata may come as wheels
+    return cache.pypi_file(f"{PACKAGE}=={version}", sha256, "--no-binary", PACKAGE)
+
+
 def _unpack(folder: Path) -> None:
     """Fetch the package and unpack it into the folder, refusing entries that would land outside."""
     if not hasattr(tarfile, "data_filter"):
         raise UserError("this Python cannot unpack archives safely; use 3.10.12, 3.11.4 or newer")
-    with status(f"Getting the source of llama.cpp ({PACKAGE} {VERSION})"):
-        # of this package the source; what pip needs to read the source's metadata may come as wheels
-        sdist = cache.pypi_file(f"{PACKAGE}=={VERSION}", SDIST_SHA256, "--no-binary", PACKAGE)
-        with replace_folder(folder) as partial, tarfile.open(sdist) as archive:
-            archive.extractall(partial, filter="data")
+    with (
+        status(f"Getting the source of llama.cpp ({PACKAGE} {VERSION})"),
+        replace_folder(folder) as partial,
+        tarfile.open(sdist(VERSION, SDIST_SHA256)) as archive,
+    ):
+        archive.extractall(partial, filter="data")

@@ -49,8 +49,26 @@ static bool has_suffix(const LLM_TN_IMPL & tn, const char * suffix) {
     return tn.suffix != nullptr && strcmp(tn.suffix, suffix) == 0;
 }
 
+static bool is_layer(const llama_model_base & model, const LLM_TN_IMPL & tn) {
+    return tn.bid >= 0 && (uint32_t) tn.bid < model.hparams.n_layer();
+}
+
 static bool is_matrix(const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne) {
     return ne.size() == 2 && has_suffix(tn, "weight") && llm_tensor_info_for(tn.tensor).op == GGML_OP_MUL_MAT;
+}
+
+// true if gate and up are asked for as one weight, and the file has each by itself
+static bool is_fused(const llama_model_base & model, const llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne) {
+    if (tn.tensor != LLM_TENSOR_FFN_UP || !is_matrix(tn, ne) || !is_layer(model, tn)) {
+        return false;
+    }
+    const int64_t       n_out = ne.begin()[1];
+    const ggml_tensor * whole = ml.get_tensor_meta(tn.str().c_str());
+    if (n_out != 2*(int64_t) model.hparams.n_ff(tn.bid) || (whole && whole->ne[1] == n_out)) {
+        return false;
+    }
+    const LLM_TN_IMPL gate(tn.arch, LLM_TENSOR_FFN_GATE, "weight", tn.bid, tn.xid);
+    return ml.get_tensor_meta(gate.str().c_str()) || stored_parts(ml, gate).any();
 }
 
 // position in a tensor's shape that counts the neurons of a feed-forward network, -1 if none does
@@ -68,7 +86,7 @@ static int neuron_dimension(const LLM_TN_IMPL & tn, const std::initializer_list<
 // number of neurons of the tensor's layer if the file has fewer than `ne` asks for, else 0
 static int64_t fewer_neurons(const llama_model_base & model, const llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne) {
     const int dimension = neuron_dimension(tn, ne);
-    if (dimension < 0 || tn.bid < 0 || (uint32_t) tn.bid >= model.hparams.n_layer()) {
+    if (dimension < 0 || !is_layer(model, tn)) {
         return 0;
     }
     const stored_parts down(ml, LLM_TN_IMPL(tn.arch, LLM_TENSOR_FFN_DOWN, "weight", tn.bid, tn.xid));
@@ -92,12 +110,15 @@ static int64_t fewer_neurons(const llama_model_base & model, const llama_model_l
 }
 
 bool llama_factors::in_file(const llama_model_base & model, const llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne) {
-    return fewer_neurons(model, ml, tn, ne) > 0 || (is_matrix(tn, ne) && stored_parts(ml, tn).any());
+    return is_fused(model, ml, tn, ne) || fewer_neurons(model, ml, tn, ne) > 0 || (is_matrix(tn, ne) && stored_parts(ml, tn).any());
 }
 
 ggml_tensor * llama_factors::create(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, const std::initializer_list<int64_t> & ne, int flags) {
     const int64_t * shape = ne.begin();
 
+    if (is_fused(model, ml, tn, ne)) {
+        return create_fused(model, ml, tn, shape[0], shape[1]/2, flags);
+    }
     const int64_t n = fewer_neurons(model, ml, tn, ne);
     if (n == 0) {
         return create_handle(model, ml, tn, shape[0], shape[1], flags);
@@ -112,9 +133,25 @@ ggml_tensor * llama_factors::create(llama_model_base & model, llama_model_loader
     }
 }
 
+ggml_tensor * llama_factors::create_fused(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, int64_t n_in, int64_t n_ff, int flags) {
+    auto e = std::make_unique<entry>();
+    e->gate = model.create_tensor(ml, LLM_TN_IMPL(tn.arch, LLM_TENSOR_FFN_GATE, "weight", tn.bid, tn.xid), {n_in, n_ff}, flags);
+    e->up   = model.create_tensor(ml, tn, {n_in, n_ff}, flags);
+    if (!e->gate || !e->up) {
+        return nullptr; // skipped
+    }
+    const std::string name = tn.str();
+    const auto up = entries.find(e->up);
+    if (up != entries.end()) {
+        ggml_set_name(&up->second->handle, (name + ".half").c_str()); // the name is that of both
+    }
+    const int64_t n_out = e->gate->ne[1] + e->up->ne[1];
+    return add(std::move(e), n_in, n_out, name.c_str());
+}
+
 ggml_tensor * llama_factors::create_handle(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, int64_t n_in, int64_t n_out, int flags) {
     const auto create_part = [&](const char * suffix, int64_t ne0, int64_t ne1) {
-        const int required = flags & ~(model.TENSOR_NOT_REQUIRED | model.TENSOR_ALLOW_RESHAPE);
+        const int required = flags & (model.TENSOR_DUPLICATED | model.TENSOR_SKIP | model.TENSOR_SKIP_IF_VIRTUAL);
         return model.create_tensor(ml, with_suffix(tn, suffix), {ne0, ne1}, required);
     };
     const stored_parts stored(ml, tn);
@@ -175,8 +212,8 @@ ggml_tensor * llama_factors::add(std::unique_ptr<entry> e, int64_t n_in, int64_t
 }
 
 void llama_factors::done_loading() {
-    for (auto & [_, e] : entries) {
-        e->handle.buffer = (e->b ? e->b : e->prime)->buffer;
+    for (auto & [w, e] : entries) {
+        e->handle.buffer = parts(w).front()->buffer;
     }
 }
 
@@ -192,11 +229,21 @@ const ggml_tensor * llama_factors::find(const char * name) const {
 std::vector<const ggml_tensor *> llama_factors::parts(const ggml_tensor * w) const {
     std::vector<const ggml_tensor *> found;
     const auto it = entries.find(w);
-    if (it != entries.end()) {
-        for (const ggml_tensor * part : {it->second->prime, it->second->a, it->second->b}) {
-            if (part != nullptr) {
-                found.push_back(part);
-            }
+    if (it == entries.end()) {
+        return found;
+    }
+    const entry & e = *it->second;
+    for (const ggml_tensor * part : {e.prime, e.a, e.b}) {
+        if (part != nullptr) {
+            found.push_back(part);
+        }
+    }
+    for (const ggml_tensor * half : {e.gate, e.up}) {
+        if (has(half)) {
+            const auto behind = parts(half);
+            found.insert(found.end(), behind.begin(), behind.end());
+        } else if (half != nullptr) {
+            found.push_back(half);
         }
     }
     return found;
@@ -204,6 +251,15 @@ std::vector<const ggml_tensor *> llama_factors::parts(const ggml_tensor * w) con
 
 bool llama_factors::has(const ggml_tensor * w) const {
     return entries.find(w) != entries.end();
+}
+
+bool llama_factors::unfuse(const ggml_tensor * w, ffn & halves) const {
+    const auto it = entries.find(w);
+    if (it == entries.end() || !it->second->gate) {
+        return false;
+    }
+    halves = { it->second->up, it->second->gate, nullptr };
+    return true;
 }
 
 bool llama_factors::split(const ffn & whole, ffn & prime, ffn & rest) const {
@@ -233,6 +289,9 @@ ggml_tensor * llama_factors::mul_mat(ggml_context * ctx, ggml_tensor * w, ggml_t
         return ggml_mul_mat(ctx, w, cur);
     }
     const entry & e = *it->second;
+    if (e.gate != nullptr) {
+        return ggml_concat(ctx, mul_mat(ctx, e.gate, cur), mul_mat(ctx, e.up, cur), 0);
+    }
     if (e.a == nullptr) {
         return ggml_mul_mat(ctx, e.prime, cur);
     }

@@ -23,6 +23,9 @@
 // The feed-forward network of a layer may have fewer neurons than the metadata says. The tensors of its down projection,
 // stored as above, tell how many, and gate, up and their biases must agree.
 //
+// An architecture that asks for gate and up as one weight of twice as many rows, `ffn_up`, may find each by itself, stored
+// as above or as an ordinary weight: W x = concat(gate x, up x).
+//
 // Where gate, up and down are all split at the same neuron, build_ffn() makes two feed-forward networks of them, the kept
 // neurons and the rest, and adds what they give: no concat, and the kept ones keep a backend's fused gate and up.
 //
@@ -68,6 +71,9 @@ public:
         ggml_tensor * down;
     };
 
+    // up and gate of a weight that is both; false if it is not
+    bool unfuse(const ggml_tensor * w, ffn & halves) const;
+
     // the two networks that `whole` is the sum of, kept neurons first; false if its weights are not split at one neuron
     bool split(const ffn & whole, ffn & prime, ffn & rest) const;
 
@@ -82,9 +88,13 @@ private:
         ggml_tensor * b      = nullptr;
         bool          pivot  = false;   // the first rows of the low-rank part are those of A
         ggml_tensor * rest   = nullptr; // handle of the low-rank part alone, of a weight that is split
+        ggml_tensor * gate   = nullptr; // of a weight that is gate and up, handles or ordinary tensors
+        ggml_tensor * up     = nullptr;
     };
 
     ggml_tensor * add(std::unique_ptr<entry> e, int64_t n_in, int64_t n_out, const char * name);
+
+    ggml_tensor * create_fused(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, int64_t n_in, int64_t n_ff, int flags);
 
     ggml_tensor * create_handle(llama_model_base & model, llama_model_loader & ml, const LLM_TN_IMPL & tn, int64_t n_in, int64_t n_out, int flags);
 
