@@ -23,7 +23,7 @@ from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol
 from runtime_checks.reference import Reference
 from runtime_checks.runtimes import runtimes_for
-from runtime_checks.schema import Report, Skipped
+from runtime_checks.schema import Comparison, Report, Skipped, Tolerance
 from runtime_checks.subject import Subject
 from runtime_checks.throughput import interleave
 from sola_edge.checkpoint import load_tokenizer
@@ -70,9 +70,12 @@ def check_parity(
     threads: int | None = None,
     tokenizer_from: Path | None = None,
     scratch: Path | None = None,
+    asked: Tolerance | None = None,
+    comparison: Comparison = "export parity",
 ) -> Report:
     """Compare every candidate, in every runtime that takes it, with the reference on the same ids.
 
+    asked: limits that stand before the precisions' own; see `schema.Parity` for the two comparisons.
     Raises UserError for bad input (missing paths, short text, no runtime for the reference, too little disk).
     """
     threads = checked_threads(threads)
@@ -88,7 +91,7 @@ def check_parity(
             try:
                 with ExitStack() as stack:
                     subject.start(stack, threads, context)
-                    subject.compare(logits, protocol, Path(folder))
+                    subject.compare(logits, protocol, Path(folder), asked, comparison)
             except CheckError as error:
                 subject.reasons.append(str(error))
     results = [s.result() for s in (first, *subjects)]

@@ -57,6 +57,17 @@ class Session:
         self.runtime.reset()
         return {"prefill": prefill, "decode": self.runtime.decode(generate)}
 
+    def steps(self, ids: list[int], first: int, out: str) -> None:
+        """Logits of every position as `logits` gives them, but with the cache: `first` ids at once, the others one by one."""
+        self.runtime.reset()
+        parts = [self.runtime.append(ids[:first]), *(self.runtime.append([token]) for token in ids[first:])]
+        np.concatenate(parts).astype(np.float32).tofile(out)
+
+    def tokens(self, text: str) -> dict[str, Any]:
+        """Ids that the runtime itself makes of a text, with what it puts around it; null where it makes none."""
+        own = getattr(self.runtime, "tokens", None)
+        return {"ids": own(text) if own else None}
+
     def bos(self) -> dict[str, Any]:
         """The id that the runtime itself puts before a text, null where it puts none."""
         return {"bos": self.runtime.bos()}

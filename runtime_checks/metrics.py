@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 ROWS = 4
+TOP = 5
 
 
 def log_softmax(logits: npt.NDArray[np.floating]) -> Floats:
@@ -42,6 +43,7 @@ class Comparison:
 
     kl: Floats  # KL(reference || candidate), nats
     same_top1: npt.NDArray[np.bool_]
+    top5: Floats  # share of the reference's five most likely tokens that are among the candidate's five
     logit_difference: Floats  # largest |reference - candidate| of a position
     nll_reference: Floats
     nll_candidate: Floats
@@ -57,7 +59,7 @@ def compare_window(
 ) -> Comparison:
     """Compare the logits of one window, both (n, vocab), where ids is (n,)."""
     n = len(ids) - 1
-    kl, delta, nll_r, nll_c = (np.full(n, np.nan) for _ in range(4))
+    kl, delta, nll_r, nll_c, top5 = (np.full(n, np.nan) for _ in range(5))
     same = np.zeros(n, dtype=bool)
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
@@ -73,5 +75,18 @@ def compare_window(
         # A true divergence is never negative; rounding of the order of 1e-16 is cut off.
         kl[at] = np.maximum(np.einsum("ij,ij->i", np.exp(log_r), difference), 0.0)
         same[at] = rows_r.argmax(axis=1) == rows_c.argmax(axis=1)
+        top5[at] = _shared(_most_likely(rows_r), _most_likely(rows_c))
         delta[at] = np.abs(rows_r - rows_c).max(axis=1)
-    return Comparison(kl, same, delta, nll_r, nll_c)
+    return Comparison(kl, same, top5, delta, nll_r, nll_c)
+
+
+def _most_likely(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
+    """The `TOP` most likely tokens of each row, in any order: (rows, TOP), or all of a smaller vocabulary."""
+    count = min(TOP, logits.shape[1])
+    return np.argpartition(logits, -count, axis=1)[:, -count:]
+
+
+def _shared(a: npt.NDArray[np.intp], b: npt.NDArray[np.intp]) -> Floats:
+    """Share of each row's tokens that the other has in that row too."""
+    found: Floats = (a[:, :, None] == b[:, None, :]).any(axis=2).mean(axis=1)
+    return found

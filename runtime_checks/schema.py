@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 SCHEMA_VERSION: Literal[1] = 1
 BUSY = 0.2  # share of the cores in others' use from which on a speed is doubtful
 Kind = Literal["checkpoint", "onnx", "gguf"]
+Comparison = Literal["export parity", "compression cost"]
 
 
 class Frozen(BaseModel):
@@ -34,11 +35,11 @@ class ProtocolRecord(Frozen):
 
 
 class Tolerance(Frozen):
-    """What a precision is allowed against PyTorch fp32 with the same weights."""
+    """What a precision is allowed against PyTorch fp32 with the same weights; null: not judged."""
 
-    kl_mean: float  # at most, nats
-    top1: float  # at least, fraction
-    ppl_change_percent: float  # at most, either direction
+    kl_mean: float | None = None  # at most, nats
+    top1: float | None = None  # at least, fraction
+    ppl_change_percent: float | None = None  # at most, either direction
 
 
 class Perplexity(Frozen):
@@ -52,8 +53,13 @@ class Perplexity(Frozen):
 
 
 class Parity(Frozen):
-    """A candidate's logits against the reference's, over the scored positions."""
+    """A candidate's logits against the reference's, over the scored positions.
 
+    Export parity is the same weights in another runtime or type; compression cost a compressed model against another, which
+    is judged by the limits alone that a user gives.
+    """
+
+    comparison: Comparison = "export parity"
     reference: str
     reference_runtime: str
     kl_mean: float | None
@@ -61,10 +67,12 @@ class Parity(Frozen):
     kl_p99: float | None
     kl_max: float | None
     top1: float | None
+    top5: float | None = None  # share of the reference's five most likely tokens that are among the candidate's five
     max_logit_difference: float | None
     ppl_change_percent: float | None
-    ppl_change_standard_error: float | None
+    ppl_change_standard_error: float | None  # per cent, paired over windows
     window_kl: list[float | None]
+    window_top1: list[float | None] = Field(default_factory=list)
     window_ppl_change_percent: list[float | None]
     nonfinite: int
     tolerance: Tolerance
@@ -126,6 +134,23 @@ class Generation(Frozen):
     note: str
 
 
+class Finding(Frozen):
+    """Something in an artefact that is not what the reference says it should be.
+
+    fails: it fails the check by itself; what does not is kept where something else failed, to explain that.
+    """
+
+    what: Literal["weight", "graph", "metadata", "precision", "ids", "cache", "model"]
+    where: str  # tensor, node, key, file or position
+    detail: str
+    fails: bool = True
+
+    @property
+    def text(self) -> str:
+        """One line."""
+        return f"{self.what} {self.where}: {self.detail}"
+
+
 class Result(Frozen):
     """One artefact in one runtime."""
 
@@ -143,6 +168,7 @@ class Result(Frozen):
     perplexity: Perplexity | None = None
     parity: Parity | None = None
     generation: Generation | None = None
+    findings: list[Finding] = Field(default_factory=list)
     passed: bool = True
     reasons: list[str] = Field(default_factory=list)
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from runtime_checks import generation as gen
 from runtime_checks.artefacts import Artefact
-from runtime_checks.parity import judge, tolerance_for
+from runtime_checks.parity import judge, tolerance_of
 from runtime_checks.perplexity import perplexity
 from runtime_checks.process import CheckError, Child
 from runtime_checks.protocol import Protocol
 from runtime_checks.reference import Reference, compare_all, read_logits, write_reference
 from runtime_checks.runtimes import RuntimeRow
-from runtime_checks.schema import Memory, Result
+from runtime_checks.schema import Comparison, Finding, Memory, Result, Tolerance
 from runtime_checks.throughput import Once, child_once, llama_bench_once, random_prompt
 from sola_edge.progress import status, track
 
@@ -33,6 +33,7 @@ class Subject:
     child: Child | None = None
     found: dict[str, Any] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     version: str = ""
 
     @property
@@ -63,6 +64,9 @@ class Subject:
             reasons.append(f"{ppl.nonfinite} positions have non-finite logits")
         if continuation is not None and continuation.passed is False:
             reasons.append(f"its continuation {continuation.note}")
+        failed = bool(reasons) or any(finding.fails for finding in self.findings)
+        findings = self.findings if failed else []
+        reasons += [finding.text for finding in findings]
         return Result(
             model=self.model,
             artefact=str(self.artefact.path),
@@ -73,6 +77,7 @@ class Subject:
             bytes=self.artefact.bytes,
             parameters=self.parameters,
             expected_bytes=self.artefact.expected_bytes(self.parameters),
+            findings=findings,
             passed=not reasons,
             reasons=reasons,
             **self.found,
@@ -106,12 +111,19 @@ class Subject:
         self.found["perplexity"] = perplexity(reference.nll)
         return reference
 
-    def compare(self, reference: Reference, protocol: Protocol, scratch: Path) -> None:
-        """Run the protocol against a reference's logits. Raises CheckError."""
+    def compare(
+        self,
+        reference: Reference,
+        protocol: Protocol,
+        scratch: Path,
+        asked: Tolerance | None = None,
+        comparison: Comparison = "export parity",
+    ) -> None:
+        """Run the protocol against a reference's logits; `asked` stands before the precision's tolerance. Raises CheckError."""
         found = list(compare_all(self._running(), reference, protocol, scratch, f"parity of {self.label}"))
-        tolerance = tolerance_for(self.precision)
+        tolerance = tolerance_of(self.precision, asked or Tolerance(), comparison)
         self.found["perplexity"] = perplexity([c.nll_candidate for c in found])
-        self.found["parity"] = judge(found, tolerance, reference.artefact, reference.runtime)
+        self.found["parity"] = judge(found, tolerance, reference.artefact, reference.runtime, comparison)
 
     def generate(self, request: "Prompt", reference: gen.Continuation | None) -> gen.Continuation:
         """Continue the prompt greedily and compare with the reference's continuation, if any. Raises CheckError."""

@@ -17,6 +17,7 @@ COLUMNS = (
     "Perplexity",
     "KL to reference",
     "Same top-1",
+    "Same top-5",
 )
 
 
@@ -78,7 +79,9 @@ def perplexity_text(result: Result) -> str:
         return f"{found.nonfinite} not finite"
     text = f"{number(found.value, 4)} ± {number(found.standard_error, 2)}"
     change = result.parity.ppl_change_percent if result.parity else None
-    return text if change is None else f"{text} ({change:+.2g} %)"
+    if change is None or result.parity is None:
+        return text
+    return f"{text} ({change:+.2g} ± {number(result.parity.ppl_change_standard_error, 2)} %)"
 
 
 def check_text(result: Result) -> str:
@@ -87,7 +90,7 @@ def check_text(result: Result) -> str:
         return "FAIL"
     if result.parity is None:
         return "reference" if result.perplexity is not None else DASH
-    return "pass"
+    return "pass" if result.parity.tolerance.model_dump(exclude_none=True) else "measured"
 
 
 def row(result: Result) -> dict[str, str]:
@@ -104,6 +107,7 @@ def row(result: Result) -> dict[str, str]:
         perplexity_text(result),
         number(parity.kl_mean, 2) if parity else DASH,
         f"{100 * parity.top1:.2f} %" if parity and parity.top1 is not None else DASH,
+        f"{100 * parity.top5:.2f} %" if parity and parity.top5 is not None else DASH,
     )
     return dict(zip(COLUMNS, cells, strict=True))
 
@@ -132,6 +136,8 @@ def verdict(report: Report) -> str:
         return f"{len(failed)} of {len(report.results)} results failed"
     if not judged:
         return "Measured; nothing was compared with a reference"
+    if any(r.parity is not None and r.parity.comparison == "compression cost" for r in judged):
+        return f"What {len(judged)} models cost against the reference, within the limits that were given"
     names = dict.fromkeys(r.parity.reference_runtime for r in judged if r.parity is not None)
     reference = " and ".join("PyTorch" if name == "torch" else name for name in names)
     return f"All {len(judged)} exports compute what {reference} computes, within tolerance"

@@ -10,6 +10,7 @@ from runtime_checks.summary import DASH, by_runtime, cards, continuations, failu
 
 COST = ("Runtime", "Model", "Size", "Peak", "Prefill tok/s", "Decode tok/s")
 QUALITY = ("Perplexity", "KL to reference", "Same top-1", "Check")
+FULL = (*COST, *QUALITY[:-1], "Same top-5", QUALITY[-1])
 WIDE = 150
 
 
@@ -19,7 +20,7 @@ def print_table(report: Report, console: Console | None = None) -> None:
     for card in cards(report):
         console.print(f"[bold]{card.title}[/]: {card.figure}  [dim]{escape(card.detail)}[/]", highlight=False)
     if console.width >= WIDE:
-        console.print(_table(report, COST + QUALITY))
+        console.print(_table(report, FULL))
     else:
         console.print(_table(report, COST))
         console.print(_table(report, COST[:2] + QUALITY))

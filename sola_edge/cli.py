@@ -284,20 +284,47 @@ def check_parity(
     text: Text = DEFAULT_SCORING,
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Windows to score.")] = 4,
+    kl_mean: Annotated[
+        float | None, typer.Option(help="Mean KL divergence at most, nats; default: by precision, as are the next two.")
+    ] = None,
+    top1: Annotated[float | None, typer.Option(help="Top-1 agreement at least, 0 to 1.")] = None,
+    ppl_change: Annotated[float | None, typer.Option(help="Change of the perplexity at most, per cent.")] = None,
+    compression_cost: Annotated[
+        bool,
+        typer.Option(
+            "--compression-cost", help="The candidates are other models (compressed): no limits but those given here."
+        ),
+    ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="What has the tokenizer of the text; default: the reference.")
+    ] = None,
     threads: Threads = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Compare exported files with a reference on the same token ids: perplexity, KL divergence, top-1 agreement.
+    """Compare exported files with a reference on the same token ids: perplexity, KL divergence, top-1 and top-5 agreement.
 
     Example: sola-edge check parity build/small build/small-onnx build/small.gguf --text notes.txt
     """
     from runtime_checks import check_parity as run
+    from runtime_checks.parity import limits
     from sola_edge.texts import load_text
 
+    asked = limits(kl_mean=kl_mean, top1=top1, ppl_change_percent=ppl_change)
     source = load_text(text)
-    named = {"text_name": source.name, "context": context, "windows": windows, "threads": threads}
-    _finish(run(reference, candidates, source.joined, **named), output, as_json)
+    report = run(
+        reference,
+        candidates,
+        source.joined,
+        text_name=source.name,
+        context=context,
+        windows=windows,
+        threads=threads,
+        tokenizer_from=tokenizer,
+        asked=asked,
+        comparison="compression cost" if compression_cost else "export parity",
+    )
+    _finish(report, output, as_json)
 
 
 @check_app.command("llama-perplexity")

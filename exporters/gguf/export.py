@@ -153,7 +153,7 @@ def _planned(
 ) -> tuple[Names, list[Tensor], gguf.GGUFWriter]:
     """Names and tensors of the file, and a writer that knows them and the metadata and has written nothing."""
     names = Names(checkpoint, form.architecture)
-    checkpoint = _without_pivots(checkpoint, form, names, rounds)
+    checkpoint = without_pivots(checkpoint, form, names, rounds)
     plan = list(tensors(checkpoint, names, row, form))
     writer = gguf.GGUFWriter(None, form.architecture)
     parameters = sum(math.prod(tensor.shape) for tensor in plan)
@@ -175,7 +175,8 @@ def _without_data(checkpoint: Checkpoint, form: Form, out: Path) -> Path:
     return out
 
 
-def _without_pivots(checkpoint: Checkpoint, form: Form, names: Names, rounds: bool) -> Checkpoint:
+def without_pivots(checkpoint: Checkpoint, form: Form, names: Names, rounds: bool) -> Checkpoint:
+    """The model as the file of that form has it; `rounds` as in `expanded`."""
     if form.kind != "hybrid":
         return checkpoint
     return plain(checkpoint, lambda module, row: made_plain(row, bool(names.permuted_heads(module)), rounds))

@@ -22,7 +22,7 @@ from exporters.onnx.genai_config import write_companions
 from exporters.onnx.grams import Grams
 from exporters.onnx.graph import GraphBuilder
 from exporters.onnx.portable import Portable
-from exporters.onnx.precision import Quantization, weights
+from exporters.onnx.precision import Quantization, Weights, weights
 from exporters.result import ExportResult
 from exporters.support import check_graph, check_supported, choose
 from sola_edge import __version__
@@ -66,8 +66,7 @@ def export(
     grams = Grams(checkpoint, source, stored.text) if stored.text else None
     if grams:
         provenance["rounding"] = json.dumps({"method": "gptq", **grams.describe()})
-    builder = GraphBuilder(stored.precision, dialect.opsets)
-    Decoder(checkpoint, builder, dialect, stored, grams).build()
+    builder = build(checkpoint, dialect, stored, grams)
     if grams:
         grams.collect()  # minutes, after all that may be refused
     metadata = {
@@ -81,6 +80,13 @@ def export(
         _save(model, partial, workers=1 if stored.quantized else WORKERS)
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
     return ExportResult(folder / MODEL, files, size_of(folder))
+
+
+def build(checkpoint: Checkpoint, dialect: type[Dialect], stored: Weights, grams: Grams | None = None) -> GraphBuilder:
+    """The graph of a checkpoint, its weights not read yet. Raises UserError for what it cannot express."""
+    builder = GraphBuilder(stored.precision, dialect.opsets)
+    Decoder(checkpoint, builder, dialect, stored, grams).build()
+    return builder
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, str]:

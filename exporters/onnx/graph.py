@@ -56,8 +56,8 @@ class GraphBuilder:
         self.opsets = opsets
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
-        self._nodes: list[ir.Node] = []
-        self._initializers: dict[str, ir.Value] = {}
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, str], ir.Value] = {}
 
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[Dimension]) -> ir.Value:
@@ -85,7 +85,7 @@ class GraphBuilder:
 
         It is stored in the graph's own precision unless another is given. A name that exists already is shared.
         """
-        if name not in self._initializers:
+        if name not in self.initializers:
             dtype = precision or self.precision
 
             def evaluate() -> ir.TensorProtocol:
@@ -94,8 +94,8 @@ class GraphBuilder:
 
             value = ir.Value(name=name, type=ir.TensorType(dtype.onnx), shape=ir.Shape(shape))
             value.const_value = ir.LazyTensor(evaluate, dtype=dtype.onnx, shape=ir.Shape(shape), name=name)
-            self._initializers[name] = value
-        return self._initializers[name]
+            self.initializers[name] = value
+        return self.initializers[name]
 
     def constant(self, content: float | Sequence[int] | int, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
         """A small constant inside the graph file, shared by all who ask for the same one."""
@@ -157,7 +157,7 @@ class GraphBuilder:
             else ir.Value(name=output[0], type=ir.TensorType(output[1]), shape=ir.Shape(output[2]))
             for output in outputs
         ]
-        self._nodes.append(ir.Node(domain, operator, inputs, attributes, outputs=values, name=name))
+        self.nodes.append(ir.Node(domain, operator, inputs, attributes, outputs=values, name=name))
         return values
 
     def model(self, name: str, producer: str, version: str, metadata: dict[str, str]) -> ir.Model:
@@ -165,8 +165,8 @@ class GraphBuilder:
         graph = ir.Graph(
             self.inputs,
             self.outputs,
-            nodes=self._nodes,
-            initializers=list(self._initializers.values()),
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
             opset_imports=dict(self.opsets.versions),
             name=name,
         )

@@ -1,6 +1,7 @@
 """What weights are stored in: one row per precision of the command line, and the choices that quantized ones leave."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 import onnx_ir as ir
@@ -82,6 +83,16 @@ class Weights:
             for name, blocks in (("matrices", self.matrices), ("head", self.head)):
                 found[name] = json.dumps(asdict(blocks)) if blocks else "fp32"
         return found
+
+    @classmethod
+    def recorded(cls, metadata: Mapping[str, str]) -> "Weights":
+        """What a file's metadata say, see `described`. Raises KeyError, TypeError or ValueError where they say no such thing."""
+        row = PRECISIONS[metadata["precision"]]
+        blocks = {
+            name: json.loads(metadata[name]) for name in ("matrices", "head") if row.bits and metadata[name] != "fp32"
+        }
+        stored = {name: Blocks(**content) for name, content in blocks.items()}
+        return cls(row, stored.get("matrices"), stored.get("head"))
 
     def products(self, graph: GraphBuilder, grams: Grams | None = None) -> Products:
         """What makes the products of a graph's matrices."""

@@ -7,6 +7,8 @@ Such a class has (ids: list[int]; times in seconds; logits float32):
     logits(ids) -> (n, vocab)          of every position, from an empty context
     nll(ids) -> (n - 1,)               optional: what metrics.window_nll makes of the logits, float64
     reset()                            to an empty context
+    append(ids) -> (n, vocab)          of ids from where the context is
+    tokens(text) -> ids                optional: what it makes of a text of its own accord
     prefill(ids) -> seconds            ids in one go, computing what a user of the runtime would need next
     decode(count) -> seconds           count single-token steps from where the context is
     generate(ids, count, eos) -> (ids, logits (steps, vocab) or None)    greedy, up to and including an EOS

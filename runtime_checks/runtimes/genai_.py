@@ -43,6 +43,11 @@ class Runtime:
         generator.append_tokens(np.array([ids], dtype=np.int32))
         return np.asarray(generator.get_output("logits"))[0].astype(np.float32, copy=False)
 
+    def append(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Logits of ids from where the context is."""
+        self.prefill(ids)
+        return np.asarray(self.generator.get_output("logits"))[0].astype(np.float32)
+
     def prefill(self, ids: list[int]) -> float:
         """Seconds for ids from where the context is."""
         start = time.perf_counter()
@@ -69,6 +74,10 @@ class Runtime:
             generator.generate_next_token()
             found.append(int(generator.get_next_tokens()[0]))
         return found, None
+
+    def tokens(self, text: str) -> list[int]:
+        """By genai's own tokenizer."""
+        return [int(token) for token in og.Tokenizer(self.model).encode(text)]
 
     def parts(self) -> dict[str, int]:
         """onnxruntime-genai tells nothing."""

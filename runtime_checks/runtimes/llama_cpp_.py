@@ -65,8 +65,8 @@ class Runtime:
         self.model = self.lib.llama_model_load_from_file(self.path.encode(), params)
         if not self.model:
             raise RuntimeError(self.errors[0] if self.errors else "llama.cpp could not load the model")
-        self.tokens = self.lib.llama_model_get_vocab(self.model)
-        self.vocab = self.lib.llama_vocab_n_tokens(self.tokens)
+        self.vocabulary = self.lib.llama_model_get_vocab(self.model)
+        self.vocab = self.lib.llama_vocab_n_tokens(self.vocabulary)
         options = self.lib.llama_context_default_params()
         options.n_ctx = options.n_batch = self.context
         options.n_threads = options.n_threads_batch = self.threads
@@ -112,6 +112,10 @@ class Runtime:
         self.reset()
         return self._forward(ids, every=True)
 
+    def append(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Logits of ids from where the context is."""
+        return self._forward(ids, every=True)
+
     def prefill(self, ids: list[int]) -> float:
         """Seconds for ids from where the context is."""
         start = time.perf_counter()
@@ -132,7 +136,18 @@ class Runtime:
 
     def bos(self) -> int | None:
         """What llama.cpp's own tools put before a text: by the file's metadata, or by its kind of tokenizer."""
-        return int(self.lib.llama_vocab_bos(self.tokens)) if self.lib.llama_vocab_get_add_bos(self.tokens) else None
+        return (
+            int(self.lib.llama_vocab_bos(self.vocabulary))
+            if self.lib.llama_vocab_get_add_bos(self.vocabulary)
+            else None
+        )
+
+    def tokens(self, text: str) -> list[int]:
+        """With the special tokens that the file's metadata asks for."""
+        encoded = text.encode()
+        room = (self.lib.llama_token * (len(encoded) + 8))()
+        count = self.lib.llama_tokenize(self.vocabulary, encoded, len(encoded), room, len(room), True, True)
+        return list(room[:count])
 
     def parts(self) -> dict[str, int]:
         """llama.cpp's own account of its buffers (a mapped model counts in full)."""

@@ -68,6 +68,10 @@ class Runtime:
         self.reset()
         return self._forward(ids)
 
+    def append(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Logits of ids from where the context is."""
+        return self._forward(ids)
+
     def prefill(self, ids: list[int]) -> float:
         """Seconds for ids from where the context is."""
         start = time.perf_counter()

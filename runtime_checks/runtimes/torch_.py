@@ -76,6 +76,10 @@ class Runtime:
         """Forget the context."""
         self.cache = None
 
+    def append(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """Logits of ids from where the context is."""
+        return self._forward(ids, 0).float().numpy()
+
     def prefill(self, ids: list[int]) -> float:
         """Seconds for ids from where the context is; the logits of the last position."""
         start = time.perf_counter()
