@@ -24,6 +24,8 @@ from sola_edge.config import QUANT_METHOD, MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.files import replace_folder, sha256_file
 from sola_edge.gguf_source import GGUFTensors, field, open_gguf
+from sola_edge.identity import CARD, LEGAL_FILES
+from sola_edge.model_card import write_copied_card
 
 PROVENANCE = "sola.json"
 GENERATION = "generation_config.json"
@@ -296,7 +298,7 @@ def _resolve(source: str | Path) -> Path:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", CARD, *LEGAL_FILES]
     try:
         # consolidated.safetensors is a second copy of some models' weights under other names
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
@@ -478,7 +480,8 @@ def _config_json(config: PretrainedConfig, layout: Mapping[str, MatrixLayout]) -
 def copy_checkpoint(source: Checkpoint, target: Path) -> None:
     """Write a dense checkpoint as a Hugging Face folder: a GGUF made into safetensors, for example. Raises UserError.
 
-    Matrices that transformers keeps fused are fused again, so that it loads the folder without this package.
+    Matrices that transformers keeps fused are fused again, so that it loads the folder without this package. The model
+    card goes along.
     """
     stored: dict[str, dict[int, str]] = {}
     for name in source.names():
@@ -490,6 +493,7 @@ def copy_checkpoint(source: Checkpoint, target: Path) -> None:
             parts = [source.tensor(names[place]) for place in sorted(names)]
             writer.add(whole, parts[0] if len(parts) == 1 else torch.cat(parts))
         writer.finish(storage_config(source), source.tokenizer(), {})
+        write_copied_card(partial, source.path)
 
 
 def storage_config(source: Checkpoint) -> PretrainedConfig:

@@ -37,8 +37,10 @@ from sola_edge.collect import collect
 from sola_edge.config import CompressionSettings
 from sola_edge.errors import UserError
 from sola_edge.files import check_folder_target, replace_folder
+from sola_edge.identity import identity
 from sola_edge.journal import Journal
 from sola_edge.methods import method_named
+from sola_edge.model_card import write_compressed_card
 from sola_edge.planning import Plan
 from sola_edge.progress import track
 from sola_edge.runner import LayerRunner
@@ -150,6 +152,8 @@ class Compression:
             if checkpoint.generation:
                 shutil.copy(checkpoint.path / GENERATION, partial)
             self._write_provenance(partial)
+            described = self.calibration.describe()
+            write_compressed_card(partial, checkpoint.path, self.plan, self.model.settings, described)
             shutil.rmtree(journal.folder, ignore_errors=True)
 
     @property
@@ -220,7 +224,7 @@ class Compression:
             "format": 2,
             "tool": {"sola-edge": sola_edge.__version__},
             "versions": _versions(),
-            "source": {"name": source.path.name, "weights_sha256": source.weights_sha256},
+            "source": {**_named(source.path), "weights_sha256": source.weights_sha256},
             "method": self.method.name,
             "rate": self.plan.rate,
             "settings": self.model.settings.as_dict(),
@@ -231,6 +235,13 @@ class Compression:
             "weights_sha256": hash_weights(sorted(folder.glob("*.safetensors"))),
         }
         (folder / PROVENANCE).write_text(json.dumps(content, indent=2))
+
+
+def _named(path: Path) -> dict[str, str]:
+    """Name of the model at the path, and who made it where its files say so."""
+    found = identity(path)
+    named = {"name": found.name, "organization": found.organization, "version": found.version}
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def _piece(layer: int) -> str:

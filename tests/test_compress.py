@@ -25,6 +25,7 @@ from sola_edge.errors import UserError
 from sola_edge.factorize import Metric, cost
 from sola_edge.files import sha256_file
 from sola_edge.forms import FfnChoices
+from sola_edge.identity import CARD
 from sola_edge.journal import Journal
 from sola_edge.layers import recompose
 from sola_edge.sola import Sola, _layer_choices
@@ -329,7 +330,8 @@ def test_killed_and_resumed_gives_the_same_bytes(
     resumed = compress(source, tmp_path / "resumed", settings, text).path
     assert not set(written[:-1]) & set(ahead) - {name for name in written if written.count(name) > 1}  # nothing twice
     assert sha256_file(resumed / "model.safetensors") == sha256_file(whole / "model.safetensors")
-    assert (resumed / PROVENANCE).read_text() == (whole / PROVENANCE).read_text()
+    for name in (PROVENANCE, CARD):
+        assert (resumed / name).read_text() == (whole / name).read_text()
 
 
 def test_killed_processes_leave_what_a_next_one_goes_on_with(tmp_path: Path, text: str) -> None:
@@ -352,7 +354,7 @@ def test_killed_processes_leave_what_a_next_one_goes_on_with(tmp_path: Path, tex
     assert not (tmp_path / "resumed").exists()
     assert start("resumed").wait() == 0
     assert start("whole").wait() == 0
-    for name in ("model.safetensors", "config.json", PROVENANCE):
+    for name in ("model.safetensors", "config.json", PROVENANCE, CARD):
         assert sha256_file(tmp_path / "resumed" / name) == sha256_file(tmp_path / "whole" / name)
     left = [p.name for p in (tmp_path / "cache-resumed").rglob("*") if "partial" in p.name or p.suffix == ".bin"]
     assert not left

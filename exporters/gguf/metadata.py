@@ -4,6 +4,7 @@
 config without our `quantization_config`, its tokenizer), and the keys it writes are copied.
 """
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -15,15 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from gguf import Keys
 
 from exporters.llama_cpp import source
 from sola_edge.checkpoint import Checkpoint, open_checkpoint, storage_config
 from sola_edge.errors import UserError
+from sola_edge.gguf_source import open_gguf
+from sola_edge.identity import CARD, readable_card, source_name
 from sola_edge.progress import status
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", CARD)
 OMITTED = ("GGUF.", "general.architecture", "general.file_type")  # the writer has its own
+# Of a GGUF source: what its tensors and this export make of it, and no property of the model
+OF_THE_FILE = ("type", "alignment", "quantization_version", "size_label", "architecture", "file_type")
+NAMING = ("name", "organization", "basename", "finetune", "version")
 _VOCAB_ONLY = Path(__file__).with_name("vocab_only.py")
 
 
@@ -55,7 +62,7 @@ def _converted(path: Path, _changed: int) -> dict[str, Value]:
     checkpoint = open_checkpoint(path)
     converter = source.converter()
     with tempfile.TemporaryDirectory() as folder, status("Tokenizer and metadata by llama.cpp's converter"):
-        model = Path(folder) / (checkpoint.path.stem or "model")
+        model = Path(folder) / source_name(checkpoint.path)
         model.mkdir()
         _small_files(checkpoint, model)
         out = Path(folder) / "vocab.gguf"
@@ -67,7 +74,19 @@ def _converted(path: Path, _changed: int) -> dict[str, Value]:
         values = {key: _value(field) for key, field in gguf.GGUFReader(out).fields.items()}
     if values["tokenizer.ggml.model"].value == "gpt2" and "tokenizer.ggml.merges" not in values:
         raise UserError(f"{checkpoint.path} has a BPE tokenizer without a single merge, which llama.cpp does not load")
-    return values
+    return values if path.is_dir() else _carried_over(values, path)
+
+
+def _carried_over(values: dict[str, Value], path: Path) -> dict[str, Value]:
+    """The converter's metadata with what a GGUF source says of the model: its name, licence, base models, provenance."""
+    own = {
+        key: _value(found)
+        for key, found in open_gguf(path).fields.items()
+        if key.startswith(("general.", "sola.")) and key.removeprefix("general.") not in OF_THE_FILE
+    }
+    if Keys.General.NAME in own:  # then what the converter read from the file's name is none of its
+        values = {k: v for k, v in values.items() if k.removeprefix("general.") not in NAMING}
+    return values | own
 
 
 def _value(field: gguf.ReaderField) -> Value:
@@ -78,13 +97,40 @@ def _value(field: gguf.ReaderField) -> Value:
 def add_metadata(
     writer: gguf.GGUFWriter, values: dict[str, Value], provenance: dict[str, Any], parameters: int
 ) -> None:
-    """Copy the converter's keys; add the size label of that many parameters and `sola.*` from sola.json."""
+    """Copy the converter's keys; add the size label of that many parameters, and from sola.json `sola.*` and the base model.
+
+    The base model is left as it is where the model card names one.
+    """
     for key, value in values.items():
         if not key.startswith(OMITTED):
             writer.add_key_value(key, value.value, value.type, sub_type=value.sub_type)
     writer.add_size_label(gguf.size_label(parameters, 0, 0, 0))
-    for key, item in provenance.items():
+    if Keys.General.BASE_MODEL_COUNT not in values:
+        _add_base_model(writer, provenance.get("source", {}))
+    for key, item in (provenance | _of_nested(provenance)).items():
         _add_item(writer, f"sola.{key}", item)
+
+
+def _of_nested(provenance: dict[str, Any]) -> dict[str, str]:
+    """In a word each: the tool that compressed, and a hash of its plan, by which files of one plan are known."""
+    found = {}
+    if "tool" in provenance:
+        found["tool"] = " ".join(f"{name} {version}" for name, version in provenance["tool"].items())
+    if "plan" in provenance:
+        found["plan_sha256"] = hashlib.sha256(json.dumps(provenance["plan"], sort_keys=True).encode()).hexdigest()
+    return found
+
+
+def _add_base_model(writer: gguf.GGUFWriter, source: dict[str, Any]) -> None:
+    """The model that was compressed, as sola.json names it: no hub id of it is known."""
+    if "name" not in source:
+        return
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, source["name"])
+    if "organization" in source:
+        writer.add_base_model_organization(0, source["organization"])
+    if "version" in source:
+        writer.add_base_model_version(0, source["version"])
 
 
 def conventional_name(values: dict[str, Value], parameters: int, type: str) -> str:
@@ -119,6 +165,8 @@ def _small_files(checkpoint: Checkpoint, folder: Path) -> None:
             for path in checkpoint.path.glob(pattern):
                 shutil.copyfile(path, folder / path.name)
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        if not readable_card(folder):
+            (folder / CARD).unlink(missing_ok=True)  # the converter would not go on with a damaged one
         config |= json.loads((folder / "config.json").read_text()) | {"architectures": config["architectures"]}
         config.pop("quantization_config", None)
     else:
