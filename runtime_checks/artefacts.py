@@ -54,7 +54,7 @@ def open_artefact(path: Path) -> Artefact:
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is no artefact: give a .gguf file, an ONNX folder or a checkpoint folder")
-        return Artefact(path, "gguf", _gguf_type(path), size_of(path))
+        return Artefact(path, "gguf", _gguf_type(path), _gguf_bytes(path))
     if (path / "model.onnx").exists():
         return Artefact(path, "onnx", _onnx_precision(path / "model.onnx"), size_of(path))
     if (path / "config.json").exists():
@@ -64,14 +64,20 @@ def open_artefact(path: Path) -> Artefact:
 
 def _gguf_type(path: Path) -> str:
     """The tensor type that holds most of the weights, as a lower-case name."""
-    from sola_edge.gguf_source import open_gguf
+    from sola_edge.gguf_source import stored_tensors
 
     counts: Counter[str] = Counter()
-    for tensor in open_gguf(path).tensors:
+    for tensor in stored_tensors(path):
         counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
     if not counts:
         raise UserError(f"{path} holds no tensors; give an exported model")
     return counts.most_common(1)[0][0]
+
+
+def _gguf_bytes(path: Path) -> int:
+    from sola_edge.gguf_source import shards
+
+    return sum(size_of(file) for file in shards(path))
 
 
 def _onnx_precision(path: Path) -> str:

@@ -23,7 +23,7 @@ from sola_edge.architecture import COMPONENTS, Architecture, architecture_of, ma
 from sola_edge.config import QUANT_METHOD, MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.files import replace_folder, sha256_file
-from sola_edge.gguf_source import GGUFTensors, field, open_gguf
+from sola_edge.gguf_source import GGUFTensors, field, open_gguf, shards, stored_tensors
 from sola_edge.identity import CARD, LEGAL_FILES
 from sola_edge.model_card import write_copied_card
 
@@ -232,7 +232,7 @@ class Checkpoint:
 
     def weight_files(self) -> list[Path]:
         """The files that hold the weights."""
-        return _shards(self.path) if self.path.is_dir() else [self.path]
+        return _shards(self.path) if self.path.is_dir() else shards(self.path)
 
     @cached_property
     def weights_sha256(self) -> dict[str, str]:
@@ -325,7 +325,7 @@ def _folder_config(folder: Path) -> PretrainedConfig:
 
 def _gguf_config(path: Path) -> PretrainedConfig:
     reader = open_gguf(path)  # transformers reports damage with a traceback of its own, so meet it first
-    names = {tensor.name for tensor in reader.tensors}
+    names = {tensor.name for tensor in stored_tensors(path)}
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:

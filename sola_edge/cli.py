@@ -213,19 +213,26 @@ def export_gguf(
     windows: Annotated[
         int | None, typer.Option(help="Its windows of 512 tokens to read, at most; default: 64.")
     ] = None,
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(help="Write shards of at most this size, e.g. 500M or 2G; a runtime is given the first."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a GGUF file. A hybrid one runs on `sola-edge llama-cpp build`'s llama.cpp.
 
     Example: sola-edge export gguf build/small build/small.gguf --type q8_0
     """
-    from exporters.gguf import Importance, export
+    from exporters.gguf import Importance, export, parse_size
 
     if windows is not None and imatrix is None:
         raise UserError("windows are those of an importance matrix; give --imatrix TEXT too, or leave them out")
     importance = None if imatrix is None else Importance(imatrix, Importance.windows if windows is None else windows)
-    result = export(checkpoint, out, type=type, dense=dense, importance=importance)
+    size = None if split_max_size is None else parse_size(split_max_size)
+    result = export(checkpoint, out, type=type, dense=dense, importance=importance, split_max_size=size)
     rows = {"path": str(result.path), "bytes": result.bytes, "tensors": result.type_counts}
+    if len(result.files) > 1:
+        rows["shards"] = len(result.files)
     if result.fallbacks:
         rows["stored_otherwise_because_their_rows_are_no_whole_blocks"] = list(result.fallbacks)
     if result.expanded:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sola_edge.errors import UserError
@@ -84,6 +84,35 @@ def replace_file(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         _remove(partial)
+
+
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside the target, which is there as long as it is needed. Raises UserError."""
+    partial = _temporary_beside(target.absolute())
+    with _placing(target):
+        partial.mkdir()
+    try:
+        yield partial
+    finally:
+        _remove(partial)
+
+
+@contextlib.contextmanager
+def replace_parts(targets: Sequence[Path]) -> Iterator[Path]:
+    """Yield an empty folder to write files of the targets' names into; on success they take their places. Raises UserError.
+
+    The first is the one that a reader opens. An old one is removed before any other file is replaced, and the new one comes
+    last: whoever is interrupted meanwhile has no output, never one that is mixed of two.
+    """
+    for target in targets:
+        check_file_target(target)
+    first, *others = targets
+    with folder_beside(first) as partial:
+        yield partial
+        first.unlink(missing_ok=True)
+        for target in (*others, first):
+            (partial / target.name).replace(target)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ Names come from gguf's own tensor table, dequantization from gguf's numpy kernel
 of q and k permuted for interleaved RoPE; they are put back here.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf import Keys
+from gguf.gguf_writer import SHARD_NAME_FORMAT
 from gguf.quants import dequantize
 
 from sola_edge.architecture import COMPONENTS, Architecture, kv_heads
@@ -22,13 +26,48 @@ SOURCES = (
     "qwen2",
     "qwen3",
 )  # model types of which GGUF stores weights as they are, but for q's and k's rows
+MOST_SHARDS = 2**16 - 1
 INTERLEAVED_ROPE = {"llama"}  # GGUF architectures whose q and k rows are permuted
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:
     """Open a GGUF file (parsing a vocabulary takes seconds, so once). Raises UserError when it is none or is cut short."""
-    try:
+    with _reading(path):
         return _open_once(path, path.stat().st_mtime_ns)
+
+
+def shards(path: Path) -> list[Path]:
+    """All files of the model whose first file this is, in their order. Raises UserError for a later shard, or a missing one."""
+    reader = open_gguf(path)
+    count, number = field(reader, Keys.Split.LLM_KV_SPLIT_COUNT, 1), field(reader, Keys.Split.LLM_KV_SPLIT_NO, 0)
+    if not (isinstance(count, int) and isinstance(number, int) and 0 <= number < max(count, 1) <= MOST_SHARDS):
+        raise UserError(f"{path} says that it is shard {number} of {count}; fetch it again")
+    if count <= 1:
+        return [path]
+    stem = path.name.removesuffix(SHARD_NAME_FORMAT.format("", number + 1, count))
+    files = [path.with_name(SHARD_NAME_FORMAT.format(stem, i + 1, count)) for i in range(count)]
+    if number:
+        raise UserError(f"{path} is shard {number + 1} of {count} of a model; give the first one, {files[0].name}")
+    for file in (path, *files):
+        if file not in files or not file.is_file():
+            raise UserError(f"{path} is the first of {count} shards, and {files[-1].with_name(file.name)} is not there")
+    return files
+
+
+def stored_tensors(path: Path) -> list[gguf.ReaderTensor]:
+    """The tensors of a GGUF file and of the shards that belong to it. Raises UserError."""
+    first, *others = shards(path)
+    found = list(open_gguf(first).tensors)
+    for shard in others:
+        with _reading(shard):
+            found += gguf.GGUFReader(shard).tensors
+    return found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # the reader meets damage in many ways: ValueError, IndexError, UnicodeDecodeError, …
@@ -58,7 +97,7 @@ class GGUFTensors:
         self._reader = open_gguf(path)
         self._config = config
         self._gguf_architecture = field(self._reader, "general.architecture")
-        stored = {t.name: t for t in self._reader.tensors}
+        stored = {t.name: t for t in stored_tensors(path)}
         if "rope_freqs.weight" in stored:
             raise UserError(
                 f"{path} has scaled RoPE frequencies, which a GGUF source cannot carry over; give the folder"

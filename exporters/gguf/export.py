@@ -1,4 +1,4 @@
-"""Write a checkpoint as one GGUF file, a tensor at a time.
+"""Write a checkpoint as one GGUF file, or as shards, a tensor at a time.
 
 checkpoint → the converter's metadata → form (forms.py) → names, shapes and types of all tensors → header → tensor after
 tensor. Nothing ever holds more than one matrix. Types that llama-quantize rounds to are made so from an F16 file, which is
@@ -7,7 +7,6 @@ written beside the target and removed.
 
 import math
 import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import gguf
 import numpy as np
 from gguf.quants import quant_shape_to_byte_shape
 
-from exporters.gguf import llama_quantize
+from exporters.gguf import llama_quantize, shards
 from exporters.gguf.forms import OURS, Form, choose_form, form_metadata, made_plain, whole_name
 from exporters.gguf.llama_quantize import Importance
 from exporters.gguf.metadata import add_metadata, conventional_name, converter_metadata
@@ -28,7 +27,7 @@ from exporters.result import ExportResult
 from exporters.support import check_supported
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.errors import UserError
-from sola_edge.files import check_file_target, replace_file
+from sola_edge.files import check_file_target, folder_beside, replace_file
 from sola_edge.plain import plain
 from sola_edge.progress import track
 
@@ -58,10 +57,13 @@ def export(
     type: str = "f16",
     dense: bool = False,
     importance: Importance | None = None,
+    split_max_size: int | None = None,
 ) -> GGUFExport:
     """Write the checkpoint as a GGUF file of the type (a name of `types.TYPES` or `llama_quantize.BLOCKS`).
 
-    out_file: a file, or a folder that is there, in which the file is named as GGUF's naming convention asks.
+    out_file: a file, or a folder that is there, in which the file is named as GGUF's naming convention asks. split_max_size:
+    bytes; a model that takes more is written as several files (shards.py), of which a runtime is given the first, the result's
+    `path`.
 
     A compressed checkpoint of which only FFNs were made narrower runs on any llama.cpp, and is as small as the checkpoint.
     Any other one needs llama.cpp with our addition, unless it is exported `dense`: factors are multiplied out and dropped
@@ -86,40 +88,46 @@ def export(
     if out.resolve() == checkpoint.path.resolve():
         raise UserError(f"{out} is the model itself; give another name for the file to write")
     if row is None:
-        return _by_llama_quantize(checkpoint, out, name, dense, importance)
-    return _export(checkpoint, out, row, _form(checkpoint, dense), row.rounds)
+        return _by_llama_quantize(checkpoint, out, name, dense, importance, split_max_size)
+    return _export(checkpoint, out, row, _form(checkpoint, dense), row.rounds, split_max_size)
 
 
 def _by_llama_quantize(
-    checkpoint: Checkpoint, out: Path, name: str, dense: bool, importance: Importance | None
+    checkpoint: Checkpoint, out: Path, name: str, dense: bool, importance: Importance | None, split_max_size: int | None
 ) -> GGUFExport:
     """By way of an F16 file, beside the target and as long as that takes."""
     build = llama_quantize.tools(name)
-    with replace_file(out) as partial, tempfile.TemporaryDirectory(dir=partial.parent, prefix=".sola-edge-") as folder:
+    with folder_beside(out) as folder:
         form = _form(checkpoint, dense)
-        first = _export(checkpoint, Path(folder) / "model.gguf", TYPES["f16"], form, rounds=True)
+        first = _export(checkpoint, folder / "model.gguf", TYPES["f16"], form, rounds=True)
         matrix = None
         if importance:
-            matrix = llama_quantize.importance_matrix(build, first.path, Path(folder), importance)
+            matrix = llama_quantize.importance_matrix(build, first.path, folder, importance)
         types: dict[str, str] = {}
         if not first.stock:
-            dense_file = _without_data(checkpoint, replace(form, kind="dense"), Path(folder) / "dense.gguf")
+            dense_file = _without_data(checkpoint, replace(form, kind="dense"), folder / "dense.gguf")
             whole = llama_quantize.types_of(build, dense_file, name, matrix)
             stored = (tensor.name for tensor in gguf.GGUFReader(first.path).tensors)
             types = {part: whole[base] for part in stored if (base := whole_name(part)) in whole}
-        llama_quantize.quantize(build, first.path, partial, name, matrix, types)
-        made = gguf.GGUFReader(partial).tensors
+        quantized = folder / "quantized.gguf"
+        llama_quantize.quantize(build, first.path, quantized, name, matrix, types)
+        made = gguf.GGUFReader(quantized).tensors
         block = llama_quantize.BLOCKS[name]
-        found = replace(
+        files: tuple[Path, ...] = (out,)
+        if split_max_size:
+            files = shards.split(quantized, out, split_max_size, checkpoint.weight_files())
+        else:
+            with replace_file(out) as partial:
+                quantized.replace(partial)
+        return replace(
             first,
-            path=out,
-            files=(out,),
-            bytes=partial.stat().st_size,
+            path=files[0],
+            files=files,
+            bytes=sum(file.stat().st_size for file in files),
             type_counts=dict(Counter(tensor.tensor_type.name for tensor in made)),
             fallbacks=tuple(t.name for t in made if len(t.shape) > 1 and int(t.shape[0]) % block),
             tensor_bytes=sum(int(tensor.n_bytes) for tensor in made),
         )
-    return found
 
 
 def _form(checkpoint: Checkpoint, dense: bool) -> Form:
@@ -129,16 +137,18 @@ def _form(checkpoint: Checkpoint, dense: bool) -> Form:
     return choose_form(checkpoint, architecture, dense)
 
 
-def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, form: Form, rounds: bool) -> GGUFExport:
+def _export(
+    checkpoint: Checkpoint, out: Path, row: TypeRow, form: Form, rounds: bool, split_max_size: int | None = None
+) -> GGUFExport:
     """rounds: whether the values will be rounded to few bits, here or afterwards, which pivots do not survive."""
-    names, plan, writer = _planned(checkpoint, row, form, rounds)
-    with replace_file(out) as partial:
-        _write(writer, plan, partial)
+    names, plan, writer = _planned(checkpoint, row, form, rounds, split_max_size)
+    values = (encode(tensor.read(), tensor.type, tensor.name) for tensor in track(plan, "Writing GGUF"))
+    files = shards.write(writer, values, out, sources=checkpoint.weight_files())
     apart = form.kind == "hybrid" and bool(checkpoint.architecture.fused)  # what the architecture has as one
     return GGUFExport(
-        path=out,
-        files=(out,),
-        bytes=out.stat().st_size,
+        path=files[0],
+        files=files,
+        bytes=sum(file.stat().st_size for file in files),
         type_counts=dict(Counter(tensor.type.name for tensor in plan)),
         fallbacks=tuple(tensor.name for tensor in plan if tensor.fallback),
         tensor_bytes=sum(tensor.bytes for tensor in plan),
@@ -149,13 +159,13 @@ def _export(checkpoint: Checkpoint, out: Path, row: TypeRow, form: Form, rounds:
 
 
 def _planned(
-    checkpoint: Checkpoint, row: TypeRow, form: Form, rounds: bool
+    checkpoint: Checkpoint, row: TypeRow, form: Form, rounds: bool, split_max_size: int | None = None
 ) -> tuple[Names, list[Tensor], gguf.GGUFWriter]:
     """Names and tensors of the file, and a writer that knows them and the metadata and has written nothing."""
     names = Names(checkpoint, form.architecture)
     checkpoint = without_pivots(checkpoint, form, names, rounds)
     plan = list(tensors(checkpoint, names, row, form))
-    writer = gguf.GGUFWriter(None, form.architecture)
+    writer = gguf.GGUFWriter(None, form.architecture, split_max_size=split_max_size or 0)
     parameters = sum(math.prod(tensor.shape) for tensor in plan)
     metadata = form_metadata(converter_metadata(checkpoint), checkpoint, form)
     add_metadata(writer, metadata, checkpoint.provenance, parameters)
@@ -169,7 +179,10 @@ def _planned(
 def _without_data(checkpoint: Checkpoint, form: Form, out: Path) -> Path:
     """The dense model's F16 file as far as its names and shapes go; instead of weights a hole, which takes no room."""
     _, plan, writer = _planned(checkpoint, TYPES["f16"], form, rounds=False)
-    _write(writer, [], out)
+    try:
+        shards.write_head(writer, out)
+    finally:
+        writer.close()
     align = writer.data_alignment
     os.truncate(out, out.stat().st_size + align + sum(writer.ggml_pad(tensor.bytes, align) for tensor in plan))
     return out
@@ -180,14 +193,3 @@ def without_pivots(checkpoint: Checkpoint, form: Form, names: Names, rounds: boo
     if form.kind != "hybrid":
         return checkpoint
     return plain(checkpoint, lambda module, row: made_plain(row, bool(names.permuted_heads(module)), rounds))
-
-
-def _write(writer: gguf.GGUFWriter, plan: list[Tensor], path: Path) -> None:
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in track(plan, "Writing GGUF"):
-            writer.write_tensor_data(encode(tensor.read(), tensor.type, tensor.name))
-    finally:
-        writer.close()

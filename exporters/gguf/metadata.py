@@ -71,7 +71,7 @@ def _converted(path: Path, _changed: int) -> dict[str, Value]:
         if result.returncode != 0:
             reason = (result.stderr.strip() or "no message").splitlines()[-1]
             raise UserError(f"llama.cpp's converter cannot read the tokenizer of {checkpoint.path}: {reason}")
-        values = {key: _value(field) for key, field in gguf.GGUFReader(out).fields.items()}
+        values = {key: value_of(field) for key, field in gguf.GGUFReader(out).fields.items()}
     if values["tokenizer.ggml.model"].value == "gpt2" and "tokenizer.ggml.merges" not in values:
         raise UserError(f"{checkpoint.path} has a BPE tokenizer without a single merge, which llama.cpp does not load")
     return values if path.is_dir() else _carried_over(values, path)
@@ -80,7 +80,7 @@ def _converted(path: Path, _changed: int) -> dict[str, Value]:
 def _carried_over(values: dict[str, Value], path: Path) -> dict[str, Value]:
     """The converter's metadata with what a GGUF source says of the model: its name, licence, base models, provenance."""
     own = {
-        key: _value(found)
+        key: value_of(found)
         for key, found in open_gguf(path).fields.items()
         if key.startswith(("general.", "sola.")) and key.removeprefix("general.") not in OF_THE_FILE
     }
@@ -89,7 +89,8 @@ def _carried_over(values: dict[str, Value], path: Path) -> dict[str, Value]:
     return values | own
 
 
-def _value(field: gguf.ReaderField) -> Value:
+def value_of(field: gguf.ReaderField) -> Value:
+    """A field that gguf read, as it can be written again."""
     is_array = field.types[0] == gguf.GGUFValueType.ARRAY
     return Value(field.contents(), field.types[0], field.types[-1] if is_array else None)
 
