@@ -18,9 +18,10 @@ from typing import Any
 
 from runtime_checks.artefacts import open_artefact
 from runtime_checks.costs import costs_of
+from runtime_checks.diagnosis.examine import Examiner
 from runtime_checks.machine import checked_threads, machine, packages
 from runtime_checks.process import CheckError
-from runtime_checks.protocol import Protocol, make_protocol
+from runtime_checks.protocol import Protocol, make_protocol, read_text
 from runtime_checks.reference import Reference
 from runtime_checks.runtimes import runtimes_for
 from runtime_checks.schema import Comparison, Report, Skipped, Tolerance
@@ -85,6 +86,7 @@ def check_parity(
     _refuse_nothing(subjects, skipped)
     tokenizer = load_tokenizer(Path(tokenizer_from or reference))
     protocol = make_protocol(text, tokenizer, context, windows, text_name)
+    examiner = Examiner(first.artefact, tokenizer, read_text(text)[1], weights=comparison == "export parity")
     with tempfile.TemporaryDirectory(dir=scratch, prefix="sola-edge-") as folder:
         logits = reference_logits(first, protocol, threads, Path(folder))
         for subject in subjects:
@@ -92,9 +94,11 @@ def check_parity(
                 with ExitStack() as stack:
                     subject.start(stack, threads, context)
                     subject.compare(logits, protocol, Path(folder), asked, comparison)
+                    examiner.examine(subject, protocol, Path(folder))
             except CheckError as error:
                 subject.reasons.append(str(error))
     results = [s.result() for s in (first, *subjects)]
+    skipped += examiner.skipped
     return new_report(threads, protocols=[protocol.record()], results=results, skipped=skipped)
 
 

@@ -85,7 +85,7 @@ class Subject:
 
     def measure_memory(self, prompt: int, vocab: int, decode: int) -> None:
         """Use the fresh process as a user would, and note its memory. Raises CheckError."""
-        child = self._running()
+        child = self.running()
         with status(f"memory of {self.label}"):
             used = child.ask("use", prompt=random_prompt(prompt, vocab), decode=decode)
         self.found["memory"] = Memory(
@@ -100,14 +100,14 @@ class Subject:
 
     def score(self, protocol: Protocol) -> None:
         """Perplexity under the protocol; no logits are kept. Raises CheckError."""
-        child, windows = self._running(), track(list(protocol.ids), f"perplexity of {self.label}")
+        child, windows = self.running(), track(list(protocol.ids), f"perplexity of {self.label}")
         asked = (child.ask("nll", ids=ids.tolist())["nll"] for ids in windows)
         self.found["perplexity"] = perplexity([np.array([np.nan if v is None else v for v in nll]) for nll in asked])
 
     def write_reference(self, protocol: Protocol, scratch: Path) -> Reference:
         """Run the protocol and keep the logits: this is what others are compared with. Raises CheckError."""
         name = uuid.uuid4().hex
-        reference = write_reference(self._running(), protocol, scratch, name, f"logits of {self.label}")
+        reference = write_reference(self.running(), protocol, scratch, name, f"logits of {self.label}")
         self.found["perplexity"] = perplexity(reference.nll)
         return reference
 
@@ -120,7 +120,7 @@ class Subject:
         comparison: Comparison = "export parity",
     ) -> None:
         """Run the protocol against a reference's logits; `asked` stands before the precision's tolerance. Raises CheckError."""
-        found = list(compare_all(self._running(), reference, protocol, scratch, f"parity of {self.label}"))
+        found = list(compare_all(self.running(), reference, protocol, scratch, f"parity of {self.label}"))
         tolerance = tolerance_of(self.precision, asked or Tolerance(), comparison)
         self.found["perplexity"] = perplexity([c.nll_candidate for c in found])
         self.found["parity"] = judge(found, tolerance, reference.artefact, reference.runtime, comparison)
@@ -130,7 +130,7 @@ class Subject:
         with status(f"continuation by {self.label}"), tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "steps.f32"
             asked = {"ids": request.ids, "count": request.count, "eos": request.eos, "out": str(out)}
-            ids = self._running().ask("generate", **asked)["ids"]
+            ids = self.running().ask("generate", **asked)["ids"]
             steps = np.array(read_logits(out, out.stat().st_size // 4 // len(ids))) if out.exists() else None
         parity = self.found.get("parity")
         allowed = parity.max_logit_difference if parity is not None else None
@@ -142,9 +142,10 @@ class Subject:
         """One round of the speed test by the tool of this runtime."""
         if self.row.tool == "llama-bench":
             return llama_bench_once(self.artefact.path, prompt, generate, threads)
-        return child_once(self._running(), random_prompt(prompt, vocab), generate)
+        return child_once(self.running(), random_prompt(prompt, vocab), generate)
 
-    def _running(self) -> Child:
+    def running(self) -> Child:
+        """Its process. Raises CheckError where it was not started."""
         if self.child is None:
             raise CheckError(f"{self.label} was not started")
         return self.child

@@ -86,7 +86,7 @@ class Weights:
 
     @classmethod
     def recorded(cls, metadata: Mapping[str, str]) -> "Weights":
-        """What a file's metadata say, see `described`. Raises KeyError, TypeError or ValueError where they say no such thing."""
+        """What a file's metadata say, see `described`. Raises KeyError, TypeError or ValueError for others."""
         row = PRECISIONS[metadata["precision"]]
         blocks = {
             name: json.loads(metadata[name]) for name in ("matrices", "head") if row.bits and metadata[name] != "fp32"

@@ -75,10 +75,6 @@ class Runtime:
             found.append(int(generator.get_next_tokens()[0]))
         return found, None
 
-    def tokens(self, text: str) -> list[int]:
-        """By genai's own tokenizer."""
-        return [int(token) for token in og.Tokenizer(self.model).encode(text)]
-
     def parts(self) -> dict[str, int]:
         """onnxruntime-genai tells nothing."""
         return {}

@@ -1,0 +1,81 @@
+"""The precision that a file calls itself, by its metadata or its name, beside the types of its tensors."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import gguf
+
+from runtime_checks.artefacts import Artefact
+from runtime_checks.schema import Finding
+from sola_edge.gguf_source import field, open_gguf
+
+MARKER = "sola-edge.json"
+NAMED = re.compile(r"(?:^|[-._])((?:I?Q\d|BF16|F16|F32|TQ\d)[A-Z0-9_]*)\.gguf$", re.IGNORECASE)
+SHARE = 0.05  # of the weights that may be coarser: a mixture's own choice of single tensors
+TENSOR_TYPES = {"IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_XXS"}  # a mixture that is called as no type is
+
+
+def compare_declared(artefact: Artefact) -> list[Finding]:
+    """A finding for each place that calls the file finer than it is."""
+    if artefact.kind == "gguf":
+        return _gguf(artefact.path)
+    if artefact.kind == "onnx":
+        return _onnx(artefact)
+    return []
+
+
+def _gguf(path: Path) -> list[Finding]:
+    stored: Counter[str] = Counter()
+    for tensor in open_gguf(path).tensors:
+        if len(tensor.shape) > 1:
+            stored[tensor.tensor_type.name] += int(tensor.n_elements)
+    findings = []
+    for where, name in _declarations(path):
+        wanted = _tensor_type(name)
+        if wanted is None or not stored:
+            continue
+        coarser = Counter({kind: count for kind, count in stored.items() if _bits(kind) < _bits(wanted)})
+        share = sum(coarser.values()) / sum(stored.values())
+        if share > SHARE:
+            worst = coarser.most_common(1)[0][0]
+            detail = f"the file calls itself {name.upper()}, but {share:.0%} of its weights are coarser, most of them {worst}"
+            findings.append(Finding(what="precision", where=where, detail=detail))
+    return findings
+
+
+def _declarations(path: Path) -> list[tuple[str, str]]:
+    """(where, type) that the metadata and the file's name say."""
+    found = []
+    kind = field(open_gguf(path), "general.file_type")
+    names = {int(row): row.name.removeprefix("MOSTLY_").removeprefix("ALL_") for row in gguf.LlamaFileType}
+    if kind in names:
+        found.append(("general.file_type", names[kind]))
+    named = NAMED.search(path.name)
+    if named:
+        found.append((path.name, named[1].upper()))
+    return found
+
+
+def _tensor_type(name: str) -> str | None:
+    """The tensor type of a file type: Q4_K of Q4_K_M."""
+    name = TENSOR_TYPES.get(name, name)
+    known = {kind.name for kind in gguf.GGMLQuantizationType}
+    parts = name.split("_")
+    return next((kind for i in range(len(parts), 0, -1) if (kind := "_".join(parts[:i])) in known), None)
+
+
+def _bits(kind: str) -> float:
+    """Bits of a weight; of two types of 16, BF16 is the coarser."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return 8 * size / block - (kind == "BF16")
+
+
+def _onnx(artefact: Artefact) -> list[Finding]:
+    marker = artefact.path / MARKER
+    declared = json.loads(marker.read_text()).get("precision") if marker.is_file() else None
+    if declared is None or artefact.precision.split("-")[0] == declared:
+        return []
+    detail = f"the folder calls itself {declared}, but most of its weights are {artefact.precision}"
+    return [Finding(what="precision", where=MARKER, detail=detail)]
