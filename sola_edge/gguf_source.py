@@ -27,7 +27,7 @@ SOURCES = (
     "qwen3",
 )  # model types of which GGUF stores weights as they are, but for q's and k's rows
 MOST_SHARDS = 2**16 - 1
-INTERLEAVED_ROPE = {"llama"}  # GGUF architectures whose q and k rows are permuted
+INTERLEAVED_ROPE = {"llama", "deci"}  # GGUF architectures whose q and k rows are permuted
 
 
 def open_gguf(path: Path) -> gguf.GGUFReader:

@@ -6,10 +6,10 @@ Names come from gguf's own table.
 import gguf
 import numpy as np
 
-from exporters.gguf.rows import ROWS
 from sola_edge.architecture import ARCHITECTURES, kv_heads
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
+from sola_edge.gguf_source import INTERLEAVED_ROPE
 
 COMMON = ARCHITECTURES["llama"]  # what its matrices are called in GGUF they are called in every architecture
 
@@ -21,7 +21,7 @@ class Names:
         layers, self._row = checkpoint.config.num_hidden_layers, checkpoint.architecture
         self._table, self._common = _table(gguf_architecture, layers), _table(COMMON.model_type, layers)
         self._heads: dict[str, int] = {}
-        if ROWS[gguf_architecture].interleaved:
+        if gguf_architecture in INTERLEAVED_ROPE:
             for i in range(layers):
                 self._heads[self._row.module(i, "q")] = checkpoint.config.num_attention_heads
                 self._heads[self._row.module(i, "k")] = kv_heads(checkpoint.config)

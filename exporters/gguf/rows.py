@@ -32,9 +32,9 @@ class Row:
     biases: components whose bias it loads. rope: kinds of rotary scaling that it, or what this exporter adds, can express.
     mixes: layers may have sliding or full attention, every n-th the latter. capped: it wants the caps of scores and logits.
     own_head: the head may be another matrix than the embedding. large: the number of layers at which it takes the model for
-    the one whose scores are scaled by hidden size / heads instead of the width of a head. interleaved: rows of q and k stand
-    in pairs. per_layer: the name that computes the same with an FFN width for each layer. unfused: the name that computes
-    the same from q, k, v, gate and up by themselves, if all channels of a head are rotated.
+    the one whose scores are scaled by hidden size / heads instead of the width of a head. per_layer: the name that computes
+    the same with an FFN width for each layer. unfused: the name that computes the same from q, k, v, gate and up by
+    themselves, if all channels of a head are rotated.
     """
 
     activation: str = "silu"
@@ -44,16 +44,11 @@ class Row:
     capped: bool = False
     own_head: bool = True
     large: int = 0
-    interleaved: bool = False
     per_layer: str = ""
     unfused: str = ""
 
 
-_LLAMA: dict[str, Any] = {
-    "biases": COMPONENTS,
-    "rope": ("default", "linear", "yarn", "llama3"),
-    "interleaved": True,
-}
+_LLAMA: dict[str, Any] = {"biases": COMPONENTS, "rope": ("default", "linear", "yarn", "llama3")}
 _GEMMA: dict[str, Any] = {"activation": GELU, "mixes": True}
 ROWS = {
     "llama": Row(**_LLAMA, per_layer="deci"),

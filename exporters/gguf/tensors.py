@@ -38,18 +38,23 @@ def tensors(checkpoint: Checkpoint, names: Names, row: TypeRow, form: Form) -> I
     for name, values in rope_divisors(checkpoint.config).items():
         yield _tensor(name, (rotated_channels(checkpoint.config) // 2,), row.matrix, _reader(values))
     for i in range(checkpoint.layers):
-        for norm in (*architecture.hidden_norms, *architecture.head_norms):
-            yield _norm(checkpoint, names, f"{architecture.layer.format(i)}.{norm}")
-        fused = {f"{architecture.layer.format(i)}.{name}": parts for name, parts in architecture.fused.items()}
-        separate = set(COMPONENTS)
-        for module, components in fused.items() if form.fused else ():
-            separate -= set(components)
-            yield _fused(checkpoint, names, module, [architecture.module(i, c) for c in components], row.matrix, form)
-        for component in (c for c in COMPONENTS if c in separate):
-            yield from _matrix(checkpoint, names, architecture.module(i, component), row.matrix, form)
+        yield from _layer(checkpoint, names, i, row.matrix, form)
     yield _norm(checkpoint, names, architecture.final_norm)
     if not checkpoint.tied:
         yield from _matrix(checkpoint, names, architecture.head, row.embedding, form)
+
+
+def _layer(checkpoint: Checkpoint, names: Names, i: int, qtype: GGMLQuantizationType, form: Form) -> Iterator[Tensor]:
+    architecture = checkpoint.architecture
+    prefix, fused = architecture.layer.format(i), architecture.fused if form.fused else {}
+    for norm in (*architecture.hidden_norms, *architecture.head_norms):
+        yield _norm(checkpoint, names, f"{prefix}.{norm}")
+    for name, components in fused.items():
+        children = [architecture.module(i, component) for component in components]
+        yield _fused(checkpoint, names, f"{prefix}.{name}", children, qtype, form)
+    separate = set(COMPONENTS).difference(*fused.values())
+    for component in (c for c in COMPONENTS if c in separate):
+        yield from _matrix(checkpoint, names, architecture.module(i, component), qtype, form)
 
 
 def expanded(checkpoint: Checkpoint, names: Names, form: Form, rounds: bool) -> tuple[str, ...]:
