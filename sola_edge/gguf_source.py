@@ -30,7 +30,24 @@ MOST_SHARDS = 2**16 - 1
 INTERLEAVED_ROPE = {"llama", "deci"}  # GGUF architectures whose q and k rows are permuted
 
 
-def open_gguf(path: Path) -> gguf.GGUFReader:
+class GGUFFile(gguf.GGUFReader):
+    """gguf's reader, which follows any length that a file names, but within the file."""
+
+    data: np.ndarray
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(path)
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if isinstance(self.data, np.memmap):
+            self.data = self.data.view(np.ndarray)  # the same bytes; a memmap's slices cost four times as much
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError(f"it ends before byte {int(offset)} + {int(count)}")
+        return super()._get(offset, dtype, count, override_order)
+
+
+def open_gguf(path: Path) -> GGUFFile:
     """Open a GGUF file (parsing a vocabulary takes seconds, so once). Raises UserError when it is none or is cut short."""
     with _reading(path):
         return _open_once(path, path.stat().st_mtime_ns)
@@ -60,7 +77,7 @@ def stored_tensors(path: Path) -> list[gguf.ReaderTensor]:
     found = list(open_gguf(first).tensors)
     for shard in others:
         with _reading(shard):
-            found += gguf.GGUFReader(shard).tensors
+            found += GGUFFile(shard).tensors
     return found
 
 
@@ -75,14 +92,17 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @lru_cache(maxsize=2)
-def _open_once(path: Path, _modified: int) -> gguf.GGUFReader:
-    return gguf.GGUFReader(path)
+def _open_once(path: Path, _modified: int) -> GGUFFile:
+    return GGUFFile(path)
 
 
-def field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    """A metadata value in Python types, `default` where the file lacks it."""
+def field(reader: GGUFFile, key: str, default: Any = None) -> Any:
+    """A metadata value in Python types, `default` where the file lacks it. Raises UserError for text that is none."""
     found = reader.fields.get(key)
-    return default if found is None else found.contents()
+    try:
+        return default if found is None else found.contents()
+    except ValueError as error:
+        raise UserError(f"{reader.path} has a damaged {key} ({error}); fetch it again") from error
 
 
 class GGUFTensors:
@@ -126,7 +146,13 @@ class GGUFTensors:
 
     def tensor(self, name: str) -> torch.Tensor:
         stored = self._tensors[name]
-        values = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32).reshape(self.shape(name))
+        try:
+            values = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32).reshape(self.shape(name))
+        except NotImplementedError as error:
+            kind = stored.tensor_type.name
+            raise UserError(
+                f"{name} is of the type {kind}, which a GGUF source cannot be of; give the folder"
+            ) from error
         module = name.rpartition(".")[0]
         if module.endswith(self._permuted):
             heads = self._config.num_attention_heads

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from sola_edge.errors import UserError
-from sola_edge.gguf_source import field, open_gguf
+from sola_edge.gguf_source import GGUFFile, field, open_gguf
 
 CONTROL, USER_DEFINED = int(gguf.TokenType.CONTROL), int(gguf.TokenType.USER_DEFINED)
 IGNORE_MERGES = {"llama-bpe"}  # a word that is in the vocabulary is one token, whatever the merges say
@@ -89,7 +89,11 @@ def _byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer
     return backend
 
 
-def _special_tokens(reader: gguf.GGUFReader, tokens: list[str]) -> dict[str, str]:
+def _special_tokens(reader: GGUFFile, tokens: list[str]) -> dict[str, str]:
     keys = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
     ids = {name: field(reader, f"tokenizer.ggml.{key}") for name, key in keys.items()}
-    return {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+    found = {name: i for name, i in ids.items() if i is not None}
+    for name, i in found.items():
+        if not (isinstance(i, int) and 0 <= i < len(tokens)):
+            raise UserError(f"{reader.path} has {len(tokens)} tokens and {name} as number {i}; fetch it again")
+    return {f"{name}_token": tokens[i] for name, i in found.items()}

@@ -21,7 +21,7 @@ from gguf import Keys
 from exporters.llama_cpp import source
 from sola_edge.checkpoint import Checkpoint, open_checkpoint, storage_config
 from sola_edge.errors import UserError
-from sola_edge.gguf_source import open_gguf
+from sola_edge.gguf_source import field, open_gguf
 from sola_edge.identity import CARD, readable_card, source_name
 from sola_edge.progress import status
 
@@ -71,7 +71,7 @@ def _converted(path: Path, _changed: int) -> dict[str, Value]:
         if result.returncode != 0:
             reason = (result.stderr.strip() or "no message").splitlines()[-1]
             raise UserError(f"llama.cpp's converter cannot read the tokenizer of {checkpoint.path}: {reason}")
-        values = {key: value_of(field) for key, field in gguf.GGUFReader(out).fields.items()}
+        values = {key: value_of(found) for key, found in gguf.GGUFReader(out).fields.items()}
     if values["tokenizer.ggml.model"].value == "gpt2" and "tokenizer.ggml.merges" not in values:
         raise UserError(f"{checkpoint.path} has a BPE tokenizer without a single merge, which llama.cpp does not load")
     return values if path.is_dir() else _carried_over(values, path)
@@ -79,9 +79,10 @@ def _converted(path: Path, _changed: int) -> dict[str, Value]:
 
 def _carried_over(values: dict[str, Value], path: Path) -> dict[str, Value]:
     """The converter's metadata with what a GGUF source says of the model: its name, licence, base models, provenance."""
+    reader = open_gguf(path)
     own = {
-        key: value_of(found)
-        for key, found in open_gguf(path).fields.items()
+        key: Value(field(reader, key), *_types(found))
+        for key, found in reader.fields.items()
         if key.startswith(("general.", "sola.")) and key.removeprefix("general.") not in OF_THE_FILE
     }
     if Keys.General.NAME in own:  # then what the converter read from the file's name is none of its
@@ -89,10 +90,14 @@ def _carried_over(values: dict[str, Value], path: Path) -> dict[str, Value]:
     return values | own
 
 
-def value_of(field: gguf.ReaderField) -> Value:
+def value_of(found: gguf.ReaderField) -> Value:
     """A field that gguf read, as it can be written again."""
-    is_array = field.types[0] == gguf.GGUFValueType.ARRAY
-    return Value(field.contents(), field.types[0], field.types[-1] if is_array else None)
+    return Value(found.contents(), *_types(found))
+
+
+def _types(found: gguf.ReaderField) -> tuple[gguf.GGUFValueType, gguf.GGUFValueType | None]:
+    is_array = found.types[0] == gguf.GGUFValueType.ARRAY
+    return found.types[0], found.types[-1] if is_array else None
 
 
 def add_metadata(
