@@ -25,10 +25,11 @@ from pydantic import Field
 from exporters.llama_cpp import find
 from runtime_checks.checks import reference_logits, reference_subject, subjects_of
 from runtime_checks.machine import checked_threads
+from runtime_checks.perplexity import perplexity
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol
 from runtime_checks.reference import Reference, check_space
-from runtime_checks.schema import Frozen, ProtocolRecord, Skipped
+from runtime_checks.schema import Frozen, Perplexity, ProtocolRecord, Skipped
 from sola_edge.checkpoint import load_tokenizer
 from sola_edge.errors import UserError
 from sola_edge.progress import status
@@ -65,10 +66,14 @@ class Judgement(Frozen):
 
 
 class Judgements(Frozen):
-    """Files against one reference; `protocol` has the windows, of which the second halves are scored."""
+    """Files against one reference; `protocol` has the windows, of which the second halves are scored.
+
+    perplexity: of the reference's logits, by our own sums. Where reference and file are the same it is to be the tool's.
+    """
 
     reference: str
     protocol: ProtocolRecord
+    perplexity: Perplexity
     judged: list[Judgement] = Field(default_factory=list)
 
 
@@ -103,10 +108,12 @@ def judge_by_llama_perplexity(
     protocol = _with_bos(protocol, {path: _bos(path, threads) for path in candidates})
     with tempfile.TemporaryDirectory(prefix="sola-edge-") as folder:
         base = Path(folder) / "base.kld"
-        write_base(reference_logits(first, protocol, threads, Path(folder)), protocol, base)
+        logits = reference_logits(first, protocol, threads, Path(folder))
+        write_base(logits, protocol, base)
         tool = build.tool("llama-perplexity")
         judged = [_judge(tool, Path(path), base, context, threads) for path in candidates]
-    return Judgements(reference=str(reference), protocol=protocol.record(), judged=judged)
+    ours = perplexity([nll[context // 2 :] for nll in logits.nll])
+    return Judgements(reference=str(reference), protocol=protocol.record(), perplexity=ours, judged=judged)
 
 
 def _options(path: Path) -> list[str]:

@@ -364,6 +364,9 @@ def check_llama_perplexity(
     if as_json:
         print(found.model_dump_json())
         return
+    ours = found.perplexity
+    row = {"reference": str(reference), "perplexity": f"{ours.value:.4f} ± {ours.standard_error:.4f}"}
+    _print(row, "our own sums of the reference's logits", False)
     for judged in found.judged:
         _print(judged.model_dump(), f"llama-perplexity, {found.protocol.windows} × {context} tokens", False)
 

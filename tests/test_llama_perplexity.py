@@ -1,6 +1,8 @@
 """llama.cpp's own judge: the base file, what it says of real files beside our own check, and refusals."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,30 @@ def test_the_command_on_a_tokenizer_with_bos(tmp_path: Path, llama_cpp_build: Bu
         wrong = CliRunner().invoke(app, [*arguments, "--json"])
     assert json.loads(wrong.stdout.splitlines()[-1])["judged"][0]["mean_kl"] > 1e-4
     assert "mean kl" in CliRunner().invoke(app, arguments).output
+
+
+def by_the_tool(build: Build, model: Path, text: Path, context: int, windows: int, *options: str) -> float:
+    """What llama-perplexity finds by itself: its own ids of the text, its own windows."""
+    sizes = ["-c", str(context), "-b", str(context), "--chunks", str(windows), "-t", "1", "-ngl", "0"]
+    command = [str(build.tool("llama-perplexity")), "-m", str(model), "-f", str(text), *sizes, *options]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
+    found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+    assert found is not None, done.stderr[-500:]
+    return float(found[1])
+
+
+@pytest.mark.slow
+def test_our_perplexity_is_the_tools(tmp_path: Path, llama_cpp_build: Build) -> None:
+    """Of the same files, to 0.1 %: ours from llama.cpp's logits of our ids, the tool's from the text."""
+    source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True)
+    files = {kind: export(source, tmp_path / f"{kind}.gguf", kind).path for kind in ("f32", "q8_0")}
+    (tmp_path / "text.txt").write_text(TEXT)
+    exact = {"f32": ("-ctk", "f32", "-ctv", "f32", "-fa", "off"), "q8_0": ()}
+    for kind, path in files.items():
+        found = judge_by_llama_perplexity(path, [path], TEXT, context=128, windows=3, threads=1)
+        alone = by_the_tool(llama_cpp_build, path, tmp_path / "text.txt", 128, 3, *exact[kind])
+        assert found.perplexity.value == pytest.approx(alone, rel=1e-3), kind
+        assert found.judged[0].perplexity == pytest.approx(alone, rel=1e-3) and abs(found.judged[0].mean_kl) < 1e-5
 
 
 def test_bad_requests_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,9 @@ def parity(*arguments: str | Path) -> tuple[int, Any]:
 def test_the_cost_of_a_compression_has_no_limits_but_those_given(tmp_path: Path) -> None:
     dense = tiny_checkpoint(tmp_path / "dense")
     small = tiny_checkpoint(tmp_path / "small", compressed=True)
+    code, found = parity(dense, small)
+    assert code == 1 and found["findings"][-1]["what"] == "model"
+    assert "small: it is compressed by 0 (random), the reference dense" in found["reasons"][-1]
     code, found = parity(dense, small, "--compression-cost")
     assert code == 0 and found["parity"]["comparison"] == "compression cost" and found["parity"]["kl_mean"] > 1
     assert found["parity"]["tolerance"] == {"kl_mean": None, "top1": None, "ppl_change_percent": None}

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from runtime_checks.artefacts import Artefact
-from runtime_checks.diagnosis.cache import EXACT, EXACT_TYPES, ROUNDED, SHARE, compare_cache
+from runtime_checks.diagnosis.cache import compare_cache, limit_of
 from runtime_checks.diagnosis.declared import compare_declared
 from runtime_checks.diagnosis.facts import compare_facts
 from runtime_checks.diagnosis.gguf_weights import compare_gguf
 from runtime_checks.diagnosis.ids import SAMPLE, compare_ids
+from runtime_checks.diagnosis.model import compare_models
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol
 from runtime_checks.schema import Finding, Skipped
@@ -26,7 +27,10 @@ from sola_edge.progress import status
 
 @dataclass
 class Examiner:
-    """Compares candidates with one reference; `text`: what both tokenizers are given, `weights`: whether those are compared."""
+    """Compares candidates with one reference.
+
+    text: what both tokenizers are given. weights: whether the candidates are to be the same model.
+    """
 
     reference: Artefact
     tokenizer: Any
@@ -44,7 +48,9 @@ class Examiner:
         subject.findings += self._known[artefact.path]
         subject.findings += self._try(f"ids of {subject.label}", lambda: self._ids(subject))
         with status(f"cache of {subject.label}"):
-            subject.findings += compare_cache(subject.running(), protocol, scratch, cache_limit(subject))
+            parity = subject.found.get("parity")
+            limit = limit_of(subject.precision, (parity.kl_mean if parity else None) or 0.0)
+            subject.findings += compare_cache(subject.running(), protocol, scratch, limit)
 
     def _of_file(self, artefact: Artefact) -> list[Finding]:
         """What needs no runtime."""
@@ -52,14 +58,15 @@ class Examiner:
             return []
         findings = compare_declared(artefact)
         findings += self._try(f"metadata of {artefact.path}", lambda: compare_facts(artefact, self.reference))
-        if self.weights:
-            findings += self._try(f"weights of {artefact.path}", lambda: self._weights(artefact))
-        return findings
+        if not self.weights:
+            return findings
+        other = self._try(f"model of {artefact.path}", lambda: compare_models(artefact, self.reference))
+        return findings + (other or self._try(f"weights of {artefact.path}", lambda: self._weights(artefact)))
 
     def _try(self, what: str, compare: Callable[[], list[Finding]]) -> list[Finding]:
         try:
             return compare()
-        except (UserError, CheckError) as error:
+        except (UserError, CheckError, ValueError) as error:  # ValueError: what is no JSON, or holds no numbers
             self.skipped.append(Skipped(what=what, reason=str(error)))
             return []
 
@@ -82,13 +89,6 @@ class Examiner:
             own = load_tokenizer(subject.artefact.path)(text, verbose=False)["input_ids"]
         expected = self.tokenizer(text, verbose=False)["input_ids"]
         return compare_ids(own, expected, self.tokenizer, subject.label)
-
-
-def cache_limit(subject: Subject) -> float:
-    """KL of a position at most; where rounding costs the model much, another order of sums costs it something too."""
-    parity = subject.found.get("parity")
-    cost = parity.kl_mean if parity is not None and parity.kl_mean is not None else 0.0
-    return EXACT if subject.precision in EXACT_TYPES else max(ROUNDED, SHARE * cost)
 
 
 def compare_checkpoints(found: Checkpoint, expected: Checkpoint) -> list[Finding]:
