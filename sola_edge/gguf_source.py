@@ -33,7 +33,7 @@ INTERLEAVED_ROPE = {"llama", "deci"}  # GGUF architectures whose q and k rows ar
 class GGUFFile(gguf.GGUFReader):
     """gguf's reader, which follows any length that a file names, but within the file."""
 
-    data: np.ndarray
+    data: Any
 
     def __init__(self, path: Path) -> None:
         self.path = path

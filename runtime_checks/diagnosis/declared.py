@@ -9,7 +9,7 @@ import gguf
 
 from runtime_checks.artefacts import Artefact
 from runtime_checks.schema import Finding
-from sola_edge.gguf_source import field, open_gguf
+from sola_edge.gguf_source import field, open_gguf, stored_tensors
 
 MARKER = "sola-edge.json"
 NAMED = re.compile(r"(?:^|[-._])((?:I?Q\d|BF16|F16|F32|TQ\d)[A-Z0-9_]*)\.gguf$", re.IGNORECASE)
@@ -28,7 +28,7 @@ def compare_declared(artefact: Artefact) -> list[Finding]:
 
 def _gguf(path: Path) -> list[Finding]:
     stored: Counter[str] = Counter()
-    for tensor in open_gguf(path).tensors:
+    for tensor in stored_tensors(path):
         if len(tensor.shape) > 1:
             stored[tensor.tensor_type.name] += int(tensor.n_elements)
     findings = []

@@ -19,7 +19,7 @@ from runtime_checks.diagnosis.difference import Matrix
 from runtime_checks.diagnosis.weights import Encoded, Stored, compare_weights, names_differ
 from runtime_checks.schema import Finding
 from sola_edge.checkpoint import Checkpoint
-from sola_edge.gguf_source import open_gguf
+from sola_edge.gguf_source import stored_tensors
 
 F32 = gguf.GGMLQuantizationType.F32
 # What gguf's own kernels round to, bit for bit as llama.cpp does.
@@ -29,7 +29,7 @@ ROUNDED = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1")
 def compare_gguf(path: Path, checkpoint: Checkpoint) -> list[Finding]:
     """What differs. Raises UserError where the exporter does not know the checkpoint's architecture or tokenizer."""
     check_supported(checkpoint, "GGUF")
-    stored = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+    stored = {tensor.name: tensor for tensor in stored_tensors(path)}
     plan, remade = _plan(checkpoint, stored)
     findings = names_differ(stored, plan, "tensor")
     shared = (name for name in plan if name in stored)
