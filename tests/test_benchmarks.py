@@ -4,20 +4,24 @@ import argparse
 import json
 from pathlib import Path
 
+import fuzz_llama_cpp
 import llama_cpp_speed
 import onnx_export
 import pytest
 from genai_builder import BuilderError, build
+from gguf_mutations import MUTATIONS, anatomy
 from onnx_speed import Models, against_builder, against_dense, parse, run
 from random_models import KINDS, Shape, achieved_rate, layouts_of, write_model
 from rich.console import Console
 from speed import Load, Row, Spread
 
+from exporters.gguf import export
 from exporters.llama_cpp import Build
 from runtime_checks import check_parity
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.config import RATE_TOLERANCE, rate_of
 from sola_edge.errors import UserError
+from sola_edge.testing import tiny_checkpoint
 
 TINY = Shape(hidden=64, ffn=192, layers=3, heads=4, kv_heads=2, vocab=320, context=512)
 BRIEF = Load(prompt=8, generate=3, rounds=2, threads=1)
@@ -163,3 +167,29 @@ def test_a_failed_export_is_one_line(tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path / "checkpoint", TINY, {})
     with pytest.raises(UserError, match=r"the export failed: .*fp12"):
         onnx_export.export(checkpoint, tmp_path / "onnx", "fp12")
+
+
+@pytest.mark.slow
+def test_damaged_files_in_llama_cpp(tmp_path: Path, llama_cpp_build: Build) -> None:
+    """One of each kind, and the loader goes on after the end of its worker."""
+    source = tiny_checkpoint(tmp_path / "checkpoint", compressed=True, hidden=32, ffn=64, layers=3, vocab=288)
+    model = export(source, tmp_path / "model.gguf", "f16").path
+    loader = fuzz_llama_cpp.Loader(llama_cpp_build.environment(), tmp_path / "log")
+    assert loader.outcome(model)[0] == "ran"
+    (tmp_path / "work").mkdir()
+    outcomes, _ = fuzz_llama_cpp.measured(anatomy(model), len(MUTATIONS), loader, tmp_path / "work")
+    assert sum(outcomes.values()) == len(MUTATIONS) and outcomes["refused"] > 0 and outcomes["hung"] == 0
+    loader.close()
+    assert loader.outcome(model)[0] == "ran"
+    loader.close()
+
+
+def test_a_stack_tells_who_is_to_blame() -> None:
+    stack = """    #0 0x7f in __interceptor_memcpy ../../src/libsanitizer/sanitizer_common.inc:827
+    #1 0x7f in ggml_abort /x/llama.cpp/ggml/src/ggml.c:250
+    #2 0x7f in llama_factors::create(llama_model&, int) /x/llama.cpp/src/llama-factors.cpp:77
+    #3 0x7f in main /x/main.cpp:3"""
+    assert (
+        fuzz_llama_cpp.OURS in stack and fuzz_llama_cpp.blamed(stack) == "llama_factors::create (llama-factors.cpp:77)"
+    )
+    assert fuzz_llama_cpp.blamed("") == "unknown ()"

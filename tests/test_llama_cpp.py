@@ -95,13 +95,18 @@ def test_only_a_finished_build_of_this_addition_is_found(tmp_path: Path, monkeyp
     assert find() is None  # no manifest: interrupted
     (other / "build.json").write_text(json.dumps({"version": "0.0.1", "addition": edits.fingerprint()}))
     assert find() is None  # another version
+    manifest = sys.modules["exporters.llama_cpp.build"]._manifest(())
+    (other / "build.json").write_text(json.dumps(manifest | {"targets": ["llama"]}))
+    assert find() is None  # without tools
+    (other / "build.json").write_text(json.dumps(manifest))
+    assert find() == Build(other)
 
 
 def test_a_checkout_of_ones_own_is_built_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each state of it; the pinned version's build is not taken for it, nor it for the pinned one's."""
     compiled: list[Path] = []
 
-    def compile_(patched: Path, work: Path, cmake_args: list[str], jobs: int) -> None:
+    def compile_(patched: Path, work: Path, cmake_args: list[str], jobs: int, targets: tuple[str, ...]) -> None:
         compiled.append(patched)
         assert all((patched / "src" / name).is_file() for name in edits.OUR_FILES)
         assert not (patched / ".git").exists() and not (patched / "build-old").exists()
@@ -125,7 +130,7 @@ def test_a_checkout_of_ones_own_is_built_from_a_copy(tmp_path: Path, monkeypatch
 def test_a_stock_build_has_no_addition_and_is_used_only_when_it_is_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_(patched: Path, work: Path, cmake_args: list[str], jobs: int) -> None:
+    def compile_(patched: Path, work: Path, cmake_args: list[str], jobs: int, targets: tuple[str, ...]) -> None:
         assert not any((patched / "src" / name).exists() for name in edits.OUR_FILES)
         (work / "build" / "bin").mkdir(parents=True)
 

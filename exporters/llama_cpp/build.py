@@ -92,16 +92,23 @@ class Build:
 
 
 def build(
-    jobs: int | None = None, cmake_args: Sequence[str] = (), checkout: Path | None = None, addition: bool = True
+    jobs: int | None = None,
+    cmake_args: Sequence[str] = (),
+    checkout: Path | None = None,
+    addition: bool = True,
+    targets: Sequence[str] = TOOLS,
 ) -> Build:
     """The build with these extra cmake arguments, made now if it is not there (about 5 to 15 core minutes).
 
     `jobs`: compiler processes, by default as many as cores and memory allow. checkout: a llama.cpp of one's own instead of the
-    pinned one; it is read and left as it is. addition: False makes the unmodified llama.cpp that others have.
+    pinned one; it is read and left as it is. addition: False makes the unmodified llama.cpp that others have. targets: cmake's,
+    for a build of its own that `find` passes over (`llama`: the library alone).
     Raises toolchain.CompilerMissing without a C++ compiler and UserError when the source cannot be had or the addition does not
     fit it, a tool is missing or the compilation fails.
     """
     manifest = _manifest(cmake_args, checkout, addition)
+    if tuple(targets) != TOOLS:
+        manifest["targets"] = list(targets)
     folder = _folder(manifest)
     if not (folder / MANIFEST).is_file():
         compilers()
@@ -127,7 +134,8 @@ def find() -> Build | None:
     del wanted["cmake_args"]
     manifests = sorted(source.cache_folder().glob(f"build-*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
     for path in reversed(manifests):
-        if wanted.items() <= json.loads(path.read_text()).items():
+        manifest = json.loads(path.read_text())
+        if "targets" not in manifest and wanted.items() <= manifest.items():
             return Build(path.parent)
     return None
 
@@ -198,7 +206,7 @@ def _build_into(folder: Path, manifest: dict[str, Any], jobs: int, checkout: Pat
                 shutil.copytree(pinned, partial, copy_function=_link, dirs_exist_ok=True)
             if manifest["addition"]:
                 edits.apply(partial)
-    _compile(patched, work, manifest["cmake_args"], jobs)
+    _compile(patched, work, manifest["cmake_args"], jobs, manifest.get("targets", TOOLS))
     with replace_folder(folder) as partial:
         shutil.copytree(work / "build" / "bin", partial / "bin", symlinks=True, copy_function=_link)
         if checkout is None:
@@ -233,14 +241,14 @@ def _python_package(package: Path, target: Path) -> None:
         (target / "lib").symlink_to(Path("..") / ".." / "bin")
 
 
-def _compile(patched: Path, work: Path, cmake_args: Sequence[str], jobs: int) -> None:
+def _compile(patched: Path, work: Path, cmake_args: Sequence[str], jobs: int, targets: Sequence[str]) -> None:
     cmake, ninja = cmake_and_ninja()
     build_folder = work / "build"
     log = work / "build.log"
     configure = [str(cmake), "-S", str(patched), "-B", str(build_folder), "-G", "Ninja", *cmake_args]
     with status("Configuring llama.cpp"):
         _run([*configure, f"-DCMAKE_MAKE_PROGRAM={ninja}"], log, "configuring llama.cpp")
-    run = [str(ninja), "-C", str(build_folder), f"-j{jobs}", *TOOLS]
+    run = [str(ninja), "-C", str(build_folder), f"-j{jobs}", *targets]
     steps = _ninja_steps(run, log)
     total = next(steps, 0)
     for _ in track(steps, f"Building llama.cpp ({jobs} jobs)", total=total):
