@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime_checks.compare_cell import Job, Ruler, add_tasks, make_cell
 from runtime_checks.compare_labels import folder_name
@@ -36,6 +37,7 @@ from sola_edge.progress import console
 from sola_edge.texts import DEFAULT_SCORING, load_text
 
 CHECKPOINTS = "checkpoints"
+HEADER = ("created", "command", "machine")  # of a Comparison
 
 
 @dataclass(frozen=True)
@@ -142,22 +144,25 @@ class _Run:
         files = describe(self.ruler.tasks)
         if known and files and known.task_files and _asked(known.task_files) != _asked(files):
             raise UserError(f"{self.out} holds a comparison on other tasks or questions; give another folder")
-        self._save(
-            Comparison(
-                created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                command=[Path(sys.argv[0]).name, *sys.argv[1:]],
-                machine=machine(self.ruler.threads),
-                protocol=protocol,
-                dense=known.dense if known else None,
-                cells=_ordered(known.cells if known else [], jobs),
-                task_files=files or (known.task_files if known else []),
-                dense_tasks=known.dense_tasks if known else [],
-            )
+        self.found = Comparison(
+            **(self._header() if known is None else {name: getattr(known, name) for name in HEADER}),
+            protocol=protocol,
+            dense=known.dense if known else None,
+            cells=_ordered(known.cells if known else [], jobs),
+            task_files=files or (known.task_files if known else []),
+            dense_tasks=known.dense_tasks if known else [],
         )
+        write_comparison(self.found, self.out / COMPARISON)
 
-    def _save(self, found: Comparison) -> None:
-        self.found = found
-        write_comparison(found, self.out / COMPARISON)
+    def _header(self) -> dict[str, Any]:
+        """Who measures, when and where: the values of `HEADER`."""
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        return dict(zip(HEADER, (now, command, machine(self.ruler.threads)), strict=True))
+
+    def _add(self, **figures: Any) -> None:
+        self.found = self.found.model_copy(update={**figures, **self._header()})
+        write_comparison(self.found, self.out / COMPARISON)
 
     def all(self, jobs: Sequence[Job]) -> None:
         """The dense model and every cell that is not done."""
@@ -173,7 +178,7 @@ class _Run:
                 if not self.keep:
                     shutil.rmtree(job.folder, ignore_errors=True)
             others = [c for c in self.found.cells if (c.label, c.rate) != (job.label, job.rate)]
-            self._save(self.found.model_copy(update={"cells": _ordered([*others, cell], jobs)}))
+            self._add(cells=_ordered([*others, cell], jobs))
 
     def _cell(self, job: Job) -> Cell:
         assert self.found.dense is not None
@@ -200,10 +205,10 @@ class _Run:
                 copy_checkpoint(self.source, copy)
                 folder = copy
             if self.found.dense is None:
-                self._save(self.found.model_copy(update={"dense": self._measured(folder)}))
+                self._add(dense=self._measured(folder))
             if self.ruler.tasks:
                 found = measure_checkpoint("dense", folder, self.ruler.tasks, threads=self.ruler.threads)
-                self._save(self.found.model_copy(update={"dense_tasks": found}))
+                self._add(dense_tasks=found)
         finally:
             if not self.keep:
                 shutil.rmtree(copy, ignore_errors=True)

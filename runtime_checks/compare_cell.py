@@ -17,7 +17,7 @@ from runtime_checks.tasks import measure_checkpoint
 from sola_edge.checkpoint import Checkpoint
 from sola_edge.compress import prepare
 from sola_edge.config import CompressionSettings
-from sola_edge.errors import UserError
+from sola_edge.errors import NotFinite, Unreachable, UserError
 from sola_edge.planning import Plan
 from sola_edge.texts import Text
 
@@ -68,15 +68,20 @@ class Ruler:
 def make_cell(
     job: Job, source: Checkpoint, calibration: str, ruler: Ruler, dense: Perplexity, dense_tasks: Sequence[TaskResult]
 ) -> Cell:
-    """Compress and measure. A plan that cannot be made is a cell that says so. Raises UserError for all else."""
+    """Compress and measure. A rate that cannot be reached is a cell that says so, and so are weights that are not finite.
+
+    Raises UserError for all else: a full disk would spoil the other cells too.
+    """
     counted = _forget_peak()
     start = time.perf_counter()
     try:
         run = prepare(source, job.settings, calibration)
-    except UserError as error:
+        prepared = time.perf_counter()
+        run.write(job.folder)
+    except Unreachable as error:
         return job.cell(status="unreachable", reason=str(error))
-    prepared = time.perf_counter()
-    run.write(job.folder)
+    except NotFinite as error:
+        return job.cell(status="failed", reason=str(error))
     written = time.perf_counter()
     peak = resident()["peak"] if counted else None
     plan = run.plan
@@ -111,11 +116,9 @@ def add_tasks(
         if not _same_plan(run.plan, known):
             return None
         run.write(job.folder)
-        del run
-        found = measure_checkpoint(job.folder.name, job.folder, ruler.tasks, dense_tasks, threads=ruler.threads)
-    except UserError as error:
+    except (Unreachable, NotFinite) as error:
         return known.model_copy(update={"reason": str(error)})
-    return known.model_copy(update={"tasks": found, "reason": None})
+    return _with_tasks(known, job, ruler, dense_tasks)
 
 
 def _same_plan(plan: Plan, known: Cell) -> bool:
@@ -126,14 +129,14 @@ def _same_plan(plan: Plan, known: Cell) -> bool:
 
 
 def _with_tasks(cell: Cell, job: Job, ruler: Ruler, dense_tasks: Sequence[TaskResult]) -> Cell:
-    """The cell with the tasks that were asked for; a failed one where they cannot be scored."""
+    """The cell with the tasks that were asked for; where they cannot be scored it stays as it is, with the reason."""
     if not ruler.tasks:
         return cell
     try:
         found = measure_checkpoint(job.folder.name, job.folder, ruler.tasks, dense_tasks, threads=ruler.threads)
     except UserError as error:
-        return cell.model_copy(update={"status": "failed", "reason": str(error), "rise": None, "ratio": None})
-    return cell.model_copy(update={"tasks": found})
+        return cell.model_copy(update={"reason": str(error)})
+    return cell.model_copy(update={"tasks": found, "reason": None})
 
 
 def _forget_peak() -> bool:

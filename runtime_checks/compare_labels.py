@@ -26,6 +26,8 @@ def settings_of(label: str, common: CompressionSettings) -> CompressionSettings:
         if key in values:
             raise UserError(f"{label!r} says {key.replace('_', ' ')} twice; give one of them")
         values[key] = value
+    if values.get("gradient_windows") == 0:
+        values.setdefault("correction_windows", 0)  # which needs them
     if method_named(name).published:
         if options:
             raise UserError(f"{label!r}: {name} is as published and takes no options; give {name} alone")

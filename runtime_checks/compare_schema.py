@@ -52,7 +52,7 @@ class Comparison(Frozen):
     """Methods × rates against the dense model, by label and rate in the order they were asked."""
 
     schema_version: Literal[1] = 1
-    created: str  # UTC, ISO 8601; this and the next two are of the run that last added to it
+    created: str  # UTC, ISO 8601; this and the next two are of the run that last added a figure
     command: list[str]
     machine: Machine
     protocol: StudyProtocol
@@ -63,8 +63,10 @@ class Comparison(Frozen):
 
     @property
     def passed(self) -> bool:
-        """Whether every reachable cell could be measured."""
-        return all(cell.status != "failed" for cell in self.cells)
+        """Whether every reachable cell could be measured, in all that was asked."""
+        return all(
+            cell.status == "unreachable" or (cell.status == "measured" and not cell.reason) for cell in self.cells
+        )
 
     @property
     def labels(self) -> list[str]:

@@ -32,10 +32,10 @@ from runtime_checks.kv_cache import kv_bytes_per_token
 from runtime_checks.machine import machine
 from runtime_checks.runtimes import RUNTIMES
 from runtime_checks.study import Common, check_place, refuse_other
-from runtime_checks.study_schema import StudyProtocol
+from runtime_checks.study_schema import Status, StudyProtocol
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.compress import prepare
-from sola_edge.errors import UserError
+from sola_edge.errors import NotFinite, Unreachable, UserError
 from sola_edge.progress import console
 
 ARTEFACTS = "artefacts"
@@ -147,17 +147,18 @@ class _Run:
         base = setting.dense and setting.type == base_type(setting.runtime)
         return not base and self._file(setting) not in map(self._file, later)
 
-    def _model(self, setting: Setting, grid: Grid, folder: Path) -> Path | str:
-        """The model's checkpoint, or why there is none."""
+    def _model(self, setting: Setting, grid: Grid, folder: Path) -> Path | tuple[Status, str]:
+        """The model's checkpoint, or how and why there is none. Raises UserError for what would spoil other cells too."""
         settings = grid.compressions.get((setting.label, setting.rate))
         if settings is None:
             return self.source.path
         if not folder.exists():
             try:
-                run = prepare(self.source, settings, self.common.calibration)
-            except UserError as error:
-                return str(error)
-            run.write(folder)
+                prepare(self.source, settings, self.common.calibration).write(folder)
+            except Unreachable as error:
+                return "unreachable", str(error)
+            except NotFinite as error:
+                return "failed", str(error)
         return folder
 
     def _file(self, setting: Setting) -> Path:
@@ -174,10 +175,10 @@ class _Run:
             self.written[path] = row.write(model, path, setting.type, self.importance)
         return path
 
-    def _cell(self, setting: Setting, grid: Grid, model: Path | str) -> FrontierCell:
+    def _cell(self, setting: Setting, grid: Grid, model: Path | tuple[Status, str]) -> FrontierCell:
         about: dict[str, Any] = {"setting": setting, "compression": grid.compression(setting)}
-        if isinstance(model, str):
-            return FrontierCell(**about, status="unreachable", reason=model)
+        if isinstance(model, tuple):
+            return FrontierCell(**about, status=model[0], reason=model[1])
         base = next(s for s in grid.baselines if s.runtime == setting.runtime)
         start = time.perf_counter()
         try:

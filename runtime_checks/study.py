@@ -39,6 +39,10 @@ class Common:
     correction_windows: int = CompressionSettings.correction_windows
     device: str = CompressionSettings.device
 
+    def __post_init__(self) -> None:
+        if self.gradient_windows is None:  # as in CompressionSettings: studies that say the same are the same
+            object.__setattr__(self, "gradient_windows", self.windows)
+
     def settings(self, rate: float) -> CompressionSettings:
         """Raises UserError for an impossible value."""
         return CompressionSettings(

@@ -33,7 +33,7 @@ from sola_edge.calibration import (
     gradients_name,
 )
 from sola_edge.checkpoint import Checkpoint, save_tensors
-from sola_edge.errors import UserError
+from sola_edge.errors import NotFinite
 from sola_edge.files import check_room, size_of
 from sola_edge.gram import Gram
 from sola_edge.journal import Journal
@@ -60,7 +60,7 @@ def collect(
 ) -> Statistics:
     """The statistics, from the cache or by running the text; gradients of its first `gradient_windows` (0: none; None: all).
 
-    Raises UserError when an activation or a gradient is not finite, and where the disk has no room for what is in between.
+    Raises NotFinite for an activation or a gradient, UserError where the disk has no room for what is in between.
     """
     count = len(calibration.windows)
     gradient_windows = count if gradient_windows is None else min(gradient_windows, count)
@@ -225,7 +225,7 @@ class _Collector:
         for part, tensor in tensors.items():
             bad = int((~tensor.isfinite()).sum())
             if bad:
-                raise UserError(
+                raise NotFinite(
                     f"layer {layer}: {bad} entries of the statistic {part} are not finite; the checkpoint is damaged or "
                     f"overflows in float32"
                 )

@@ -9,5 +9,9 @@ class UserError(Exception):
     """One clear line: what is wrong, where, and what to do about it."""
 
 
+class NotFinite(UserError):
+    """Weights or activations that are not finite, in a type that they are stored or computed in."""
+
+
 class Unreachable(UserError):
     """A rate that a method cannot reach with this model and these settings, whatever is tried again."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sola_edge.errors import UserError
+from sola_edge.errors import NotFinite
 
 JITTER = 1e-10  # of the mean diagonal: keeps the Cholesky factor of a singular Gram matrix defined
 DAMPING = 1e-3  # of G's mean diagonal: directions without any gradient still cost something
@@ -57,10 +57,10 @@ def shrunk(g: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
 def cholesky(gram: torch.Tensor) -> torch.Tensor:
     """Lower factor L of S + ε I = L Lᵀ with the least ε of 1e-10, 1e-9, … mean diagonals that makes it definite.
 
-    Raises UserError for a matrix that is not finite.
+    Raises NotFinite.
     """
     if not gram.isfinite().all():
-        raise UserError("activations or weights are not finite: the checkpoint is damaged or overflows in its own type")
+        raise NotFinite("activations or weights are not finite: the checkpoint is damaged or overflows in its own type")
     scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     jitter = JITTER
     while True:

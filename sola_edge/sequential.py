@@ -17,7 +17,7 @@ from torch import nn
 from sola_edge.activations import Activations
 from sola_edge.calibration import PROBE, STAGES
 from sola_edge.config import MatrixLayout
-from sola_edge.errors import UserError
+from sola_edge.errors import NotFinite
 from sola_edge.gram import Gram
 from sola_edge.journal import Journal
 from sola_edge.layers import empty_linear
@@ -274,11 +274,11 @@ class _LayerPass:
 
 
 def stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors in a checkpoint's type; indices stay what they are. Raises UserError for one that overflows in it."""
+    """The tensors in a checkpoint's type; indices stay what they are. Raises NotFinite for one that overflows in it."""
     found = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     for name, tensor in found.items():
         if not tensor.isfinite().all():
-            raise UserError(
+            raise NotFinite(
                 f"{name} is not finite in {str(dtype).removeprefix('torch.')}; store the model in float32 first"
             )
     return found

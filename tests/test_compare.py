@@ -255,6 +255,7 @@ def test_bad_input_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr(module, "make_cell", None)
     texts = ["--text", str(folder / "test.txt"), "--calibration", str(folder / "calibration.txt"), "--context", "48"]
+    texts += ["--window", "64"]
     app = typer.Typer()
     add_commands(app)
     with pytest.raises(UserError, match=message):
