@@ -1,24 +1,19 @@
-"""The resident peak of a command, as the system counts it.
-
-Linux lets a child begin with its parent's peak (it is the parent until it executes), so the command is started by an
-interpreter that has loaded nothing: what is below some 10 MB cannot be told.
-"""
+"""The resident peak of a command, as the system counts it (how: see runtime_checks/launcher.py)."""
 
 import subprocess
-import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-LAUNCHER = """
-import os, subprocess, sys
-child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(child.pid, 0)
-print(usage.ru_maxrss)
-sys.exit(os.waitstatus_to_exitcode(status) and 1)
-"""
+from runtime_checks.launcher import launched, peak_told
 
 
 def peak_of(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
     """(bytes, what it wrote to stderr). Raises CalledProcessError, with its stderr, when it fails."""
-    launched = [sys.executable, "-S", "-c", LAUNCHER, *command]
-    done = subprocess.run(launched, capture_output=True, text=True, errors="replace", check=True, env=environment)
-    return int(done.stdout) * 1024, done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "peak"
+        out = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        done = subprocess.run(launched(command, told), **out, text=True, errors="replace", check=True, env=environment)
+        peak = peak_told(told)
+    assert peak is not None, "a command that ended well told its peak"
+    return peak, done.stderr

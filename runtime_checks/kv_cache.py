@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sola_edge.architecture import head_dim
+from sola_edge.architecture import head_dim, kv_heads
 
 F16, F32 = 2, 4
 HALF = ("fp16", "bf16")  # ONNX precisions whose cache is of the graph's own type
@@ -17,5 +17,5 @@ def element_bytes(runtime: str, precision: str) -> int:
 
 def kv_bytes_per_token(config: Any, runtime: str, precision: str) -> int:
     """Bytes that every token of context takes in all layers. config: of transformers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * int(heads) * head_dim(config) * element_bytes(runtime, precision)
+    values = 2 * int(config.num_hidden_layers) * kv_heads(config) * head_dim(config)
+    return values * element_bytes(runtime, precision)

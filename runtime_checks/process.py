@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from runtime_checks.launcher import SUPPORTED, launched, peak_told
 from runtime_checks.machine import others_busy, waiting_policy
 from runtime_checks.runtimes import RuntimeRow
 
@@ -22,13 +23,20 @@ class CheckError(Exception):
 
 
 class Child:
-    """One model in one runtime in a fresh process; a context manager. Requests raise CheckError when they fail."""
+    """One model in one runtime in a fresh process; a context manager. Requests raise CheckError when they fail.
 
-    def __init__(self, row: RuntimeRow, path: Path, threads: int, context: int) -> None:
+    counted: `system_peak` is then, once it is closed, the resident peak that the system itself counted (see launcher.py).
+    """
+
+    def __init__(self, row: RuntimeRow, path: Path, threads: int, context: int, *, counted: bool = False) -> None:
         self.row, self.path = row, path.resolve()
+        self.system_peak: int | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="sola-edge-")
+        self._told = Path(self._folder.name) / "peak"
+        command = [sys.executable, "-m", "runtime_checks.child", row.module]
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "runtime_checks.child", row.module],
+            launched(command, self._told) if counted and SUPPORTED else command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -86,6 +94,8 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self.system_peak = peak_told(self._told)
+        self._folder.cleanup()
         self._stderr.close()
 
     def __enter__(self) -> "Child":

@@ -22,6 +22,20 @@ from runtime_checks.throughput import Once, child_once, llama_bench_once, random
 from sola_edge.progress import status, track
 
 
+def memory_of(child: Child, prompt: list[int], decode: int, covers: str) -> Memory:
+    """Use a fresh process as a user would, and note its memory. Raises CheckError."""
+    used = child.ask("use", prompt=prompt, decode=decode)
+    return Memory(
+        covers=covers,
+        baseline=child.loaded["baseline"],
+        after_load=child.loaded["after_load"],
+        peak=used["peak"],
+        anonymous=used.get("anonymous"),
+        file_backed=used.get("file_backed"),
+        parts=used["parts"],
+    )
+
+
 @dataclass
 class Subject:
     """An artefact of a model, the row of the runtime that runs it, and what has been found so far."""
@@ -85,18 +99,13 @@ class Subject:
 
     def measure_memory(self, prompt: int, vocab: int, decode: int) -> None:
         """Use the fresh process as a user would, and note its memory. Raises CheckError."""
-        child = self.running()
         with status(f"memory of {self.label}"):
-            used = child.ask("use", prompt=random_prompt(prompt, vocab), decode=decode)
-        self.found["memory"] = Memory(
-            covers=f"loading, a prompt of {prompt} tokens, {decode} tokens decoded",
-            baseline=child.loaded["baseline"],
-            after_load=child.loaded["after_load"],
-            peak=used["peak"],
-            anonymous=used.get("anonymous"),
-            file_backed=used.get("file_backed"),
-            parts=used["parts"],
-        )
+            self.found["memory"] = memory_of(
+                self.running(),
+                random_prompt(prompt, vocab),
+                decode,
+                f"loading, a prompt of {prompt} tokens, {decode} tokens decoded",
+            )
 
     def score(self, protocol: Protocol) -> None:
         """Perplexity under the protocol; no logits are kept. Raises CheckError."""

@@ -1,4 +1,4 @@
-"""The commands `check frontier` and `recommend`: thin, as in cli.py, and importing what they need only when they run."""
+"""The commands `check frontier`, `check memory` and `recommend`: thin, and importing what they need only when they run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +17,7 @@ from sola_edge.cli_options import (
     Window,
     Windows,
     alignment,
+    counts,
     items,
     rates,
     size,
@@ -27,6 +28,7 @@ from sola_edge.config import CompressionSettings
 def add_frontier_commands(app: typer.Typer, check_app: typer.Typer) -> None:
     """Register the commands."""
     check_app.command("frontier")(frontier)
+    check_app.command("memory")(memory_)
     app.command()(recommend)
 
 
@@ -99,6 +101,42 @@ def frontier(
         print_frontier(found)
         print(f"measured: {folder / 'frontier.md'}, frontier.json, frontier.csv, frontier.png")
     if not found.passed:
+        raise typer.Exit(1)
+
+
+def memory_(
+    artefacts: Annotated[list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files.")],
+    contexts: Annotated[str, typer.Option(help="Lengths of context in tokens, with commas between them.")] = "512,2048",
+    runtimes: Annotated[
+        str | None, typer.Option("--runtimes", "--runtime", help="In these alone; default: all that take the file.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Share of the peak by which what the shapes say may be off: more fails.")
+    ] = 0.05,
+    threads: Threads = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Resident peak over lengths of context in fresh processes, beside what the shapes in the file say it should be.
+
+    Example: sola-edge check memory build/small.gguf build/small-onnx --contexts 512,2048,4096
+    """
+    lengths = counts(contexts, "contexts")
+    only = items(runtimes, "runtimes") if runtimes else None
+    from runtime_checks.json_file import write_model
+    from runtime_checks.memory_curve import memory_curves
+    from runtime_checks.memory_table import print_memory
+
+    report = memory_curves(artefacts, lengths, threads=threads, tolerance=tolerance, runtimes=only)
+    if output is not None:
+        write_model(report, output)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        print_memory(report)
+    if not report.passed:
         raise typer.Exit(1)
 
 

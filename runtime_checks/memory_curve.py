@@ -1,0 +1,148 @@
+"""check memory: what a runtime takes with a file, over lengths of context, beside what the file's shapes say it should.
+
+For every length a fresh process loads the model for that context, takes a prompt that leaves room for some tokens, and decodes
+those. Its peak is read twice: by the process itself, and by the system when it has ended.
+"""
+
+import datetime
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from runtime_checks.artefacts import open_artefact
+from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, WARM_UP, subjects_of
+from runtime_checks.machine import checked_threads, machine, packages
+from runtime_checks.memory_model import Shapes, expected_memory, shapes_of
+from runtime_checks.process import CheckError, Child
+from runtime_checks.schema import Frozen, Kind, Machine, Memory, Skipped
+from runtime_checks.subject import Subject, memory_of
+from runtime_checks.throughput import random_prompt
+from sola_edge.errors import UserError
+from sola_edge.progress import track
+
+TOLERANCE = 0.05  # of the peak: how far the model may be from it
+SYSTEM_TOLERANCE = 0.03  # how far the process's own peak may be from the system's
+
+
+class MemoryPoint(Frozen):
+    """One length of context. expected: bytes by part, see memory_model.py. system_peak: wait4's, null where there is none."""
+
+    context: int
+    memory: Memory
+    system_peak: int | None
+    expected: dict[str, int]
+
+    @property
+    def off(self) -> float:
+        """The model's peak - the measured one, as a share of the measured one."""
+        return sum(self.expected.values()) / self.memory.peak - 1
+
+    @property
+    def system_off(self) -> float:
+        """The process's own peak - the system's, as a share of the system's."""
+        return self.memory.peak / self.system_peak - 1 if self.system_peak else 0.0
+
+
+class MemoryCurve(Frozen):
+    """A file in a runtime. reasons: what failed, and what is off by more than the tolerances."""
+
+    artefact: str
+    kind: Kind
+    precision: str
+    bytes: int
+    runtime: str
+    version: str
+    points: list[MemoryPoint]
+    reasons: list[str]
+
+
+class MemoryReport(Frozen):
+    """Curves. Version 1; bytes."""
+
+    schema_version: Literal[1] = 1
+    created: str  # UTC, ISO 8601
+    command: list[str]
+    machine: Machine
+    packages: dict[str, str]
+    tolerance: float
+    curves: list[MemoryCurve]
+    skipped: list[Skipped]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was measured and is as large as it should be."""
+        return not any(curve.reasons for curve in self.curves)
+
+
+def memory_curves(
+    paths: Sequence[Path],
+    contexts: Sequence[int],
+    *,
+    threads: int | None = None,
+    tolerance: float = TOLERANCE,
+    runtimes: Sequence[str] | None = None,
+) -> MemoryReport:
+    """Every file in every runtime that takes it (of `runtimes`, where given) at every length.
+
+    Raises UserError for bad input; a runtime that fails is a reason in its curve.
+    """
+    if not contexts or min(contexts) <= WARM_UP:
+        raise UserError(f"context {min(contexts, default=0)} is out of range: give at least {WARM_UP + 1} tokens")
+    if not 0 < tolerance < 1:
+        raise UserError(f"tolerance {tolerance:g} is out of range: give a share of the peak, such as {TOLERANCE:g}")
+    threads = checked_threads(threads)
+    skipped: list[Skipped] = []
+    shapes = {path: shapes_of(open_artefact(path)) for path in map(Path, paths)}
+    subjects = [s for path in shapes for s in subjects_of("", path, skipped)]
+    subjects = [s for s in subjects if runtimes is None or s.row.name in runtimes]
+    if not subjects:
+        raise UserError(
+            f"nothing can be run: {skipped[-1].reason if skipped else 'no runtime that was named takes it'}"
+        )
+    return MemoryReport(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        machine=machine(threads),
+        packages=packages(),
+        tolerance=tolerance,
+        curves=[_curve(s, shapes[s.artefact.path], contexts, threads, tolerance) for s in subjects],
+        skipped=skipped,
+    )
+
+
+def _curve(subject: Subject, shapes: Shapes, contexts: Sequence[int], threads: int, tolerance: float) -> MemoryCurve:
+    points, reasons = [], []
+    for context in track(list(contexts), f"memory of {subject.artefact.path.name} in {subject.row.name}"):
+        try:
+            points.append(_point(subject, shapes, context, threads))
+        except CheckError as error:
+            reasons.append(f"{context} tokens: {error}")
+    for point in points:
+        if abs(point.off) > tolerance:
+            reasons.append(
+                f"{point.context} tokens: the shapes say {100 * point.off:+.1f} % of the peak that was measured"
+            )
+        if abs(point.system_off) > SYSTEM_TOLERANCE:
+            reasons.append(f"{point.context} tokens: the peak is {100 * point.system_off:+.1f} % off the system's own")
+    return MemoryCurve(
+        artefact=str(subject.artefact.path),
+        kind=subject.artefact.kind,
+        precision=subject.precision,
+        bytes=subject.artefact.bytes,
+        runtime=subject.row.name,
+        version=subject.version,
+        points=points,
+        reasons=reasons,
+    )
+
+
+def _point(subject: Subject, shapes: Shapes, context: int, threads: int) -> MemoryPoint:
+    prompt = context - WARM_UP
+    with Child(subject.row, subject.artefact.path, threads, context, counted=True) as child:
+        covers = f"loading for {context} tokens, a prompt of {prompt}, {WARM_UP} decoded"
+        memory = memory_of(child, random_prompt(prompt, VOCABULARY_OF_ANY_MODEL), WARM_UP, covers)
+    subject.version = child.loaded["version"]
+    name, artefact = subject.row.name, subject.artefact
+    expected = expected_memory(name, artefact, shapes, context, prompt, memory.baseline, memory.parts)
+    return MemoryPoint(context=context, memory=memory, system_peak=child.system_peak, expected=expected)

@@ -1,0 +1,60 @@
+"""Memory over lengths of context on the terminal: measured, expected and what the difference is."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from runtime_checks.grids import print_grid
+from runtime_checks.memory_curve import MemoryCurve, MemoryPoint, MemoryReport
+from runtime_checks.summary import DASH, megabytes
+
+PARTS = {
+    "runtime": "runtime",
+    "session": "session",
+    "weights": "weights",
+    "copies": "copies",
+    "vocabulary": "tokens",
+    "kv": "kv",
+    "logits": "logits",
+    "activations": "other",
+}
+HEADS = ("Context", "Peak", "System's", "Anonymous", "Files", "Expected", "Off")
+EXPLAINED = (
+    "Peak: resident, of a fresh process, by its own account and the system's (wait4). Anonymous: pages of its own; files: "
+    "mapped ones (weights, libraries). Expected: the sum of the parts below it, which follow from the shapes in the file; off: "
+    "expected - peak, as a share of the peak."
+)
+
+
+def print_memory(report: MemoryReport, console: Console | None = None) -> None:
+    """Print every curve, its parts and what is wrong, to stdout."""
+    console = console or Console()
+    for curve in report.curves:
+        title = f"{Path(curve.artefact).name} ({curve.precision}) in {curve.runtime}, {megabytes(curve.bytes)} on disk"
+        console.print(title, style="bold", markup=False, highlight=False)
+        print_grid(console, HEADS, map(_row, curve.points))
+        print_grid(console, ("MB of", *PARTS.values()), map(_parts, curve.points))
+    console.print(EXPLAINED, style="dim", markup=False, highlight=False)
+    for skipped in report.skipped:
+        console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
+    for curve in report.curves:
+        _print_reasons(console, curve)
+
+
+def _print_reasons(console: Console, curve: MemoryCurve) -> None:
+    for reason in curve.reasons:
+        where = f"{Path(curve.artefact).name} in {curve.runtime}"
+        console.print(f"{where}, {reason}", style="red", markup=False, highlight=False)
+
+
+def _row(point: MemoryPoint) -> tuple[str, ...]:
+    found = point.memory
+    optional = [
+        megabytes(v) if v is not None else DASH for v in (point.system_peak, found.anonymous, found.file_backed)
+    ]
+    expected = megabytes(sum(point.expected.values()))
+    return (f"{point.context:,}", megabytes(found.peak), *optional, expected, f"{100 * point.off:+.1f} %")
+
+
+def _parts(point: MemoryPoint) -> tuple[str, ...]:
+    return (f"{point.context:,}", *(f"{point.expected.get(part, 0) / 1e6:,.1f}" for part in PARTS))

@@ -1,0 +1,169 @@
+"""Memory: the system's count and our own are one figure, and the shapes in a file explain it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from runtime_checks.artefacts import Artefact, open_artefact
+from runtime_checks.launcher import launched, peak_told
+from runtime_checks.memory_curve import MemoryReport, memory_curves
+from runtime_checks.memory_model import Shapes, expected_memory, shapes_of
+from runtime_checks.throughput import random_prompt
+from sola_edge.cli import app
+from sola_edge.errors import UserError
+from sola_edge.testing import tiny_checkpoint
+
+MB = 1_000_000
+SHAPES = Shapes(weights=1000, tied=100, layers=2, kv_heads=3, head_dim=4, hidden=5, ffn=7, vocab=11)
+TIME = Path("/usr/bin/time")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights outweigh a runtime's libraries: 140 MB in fp32."""
+    folder = tmp_path_factory.mktemp("memory") / "dense"
+    return tiny_checkpoint(folder, hidden=512, ffn=2048, layers=8, heads=8, kv_heads=4, vocab=8000)
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(dense: Path) -> Path:
+    pytest.importorskip("onnxruntime_genai")
+    pytest.importorskip("exporters.onnx").export(dense, dense.parent / "onnx")
+    return dense.parent / "onnx"
+
+
+# --- the system's count ----------------------------------------------------------------------------------------------
+
+
+def test_the_system_s_peak_is_the_program_s_own(tmp_path: Path) -> None:
+    ballast = np.ones(300 * MB, dtype=np.uint8)  # of this process: a child's ru_maxrss would begin with it
+    told = tmp_path / "peak"
+    subprocess.run(launched([sys.executable, "-S", "-c", f"b'x' * {90 * MB}"], told), check=True)
+    peak = peak_told(told)
+    assert peak is not None and 90 * MB < peak < 130 * MB < ballast.nbytes
+
+
+@pytest.mark.parametrize(("code", "ends"), [("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)])
+def test_a_launched_program_ends_as_it_ends(tmp_path: Path, code: str, ends: int) -> None:
+    done = subprocess.run(launched([sys.executable, "-S", "-c", code], tmp_path / "peak"), check=False)
+    assert done.returncode == ends and peak_told(tmp_path / "peak") is not None
+    assert peak_told(tmp_path / "never") is None
+
+
+@pytest.mark.skipif(not TIME.exists(), reason="no /usr/bin/time here")
+def test_our_peak_is_that_of_time_v(onnx_folder: Path, tmp_path: Path) -> None:
+    command = [
+        str(TIME),
+        "-v",
+        "-o",
+        str(tmp_path / "time"),
+        sys.executable,
+        "-m",
+        "runtime_checks.child",
+        "onnxruntime_",
+    ]
+    requests = [
+        {"do": "load", "path": str(onnx_folder), "threads": 1, "context": 64},
+        {"do": "use", "prompt": random_prompt(56, 256), "decode": 8},
+    ]
+    asked = "".join(json.dumps(request) + "\n" for request in requests)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=True, cwd=root)
+    own = json.loads(done.stdout.splitlines()[-1])["ok"]["peak"]
+    (line,) = [row for row in (tmp_path / "time").read_text().splitlines() if "Maximum resident" in row]
+    assert own == pytest.approx(int(line.split()[-1]) * 1024, rel=0.03)
+
+
+# --- what it should be -----------------------------------------------------------------------------------------------
+
+
+def test_the_model_by_hand() -> None:
+    def parts(runtime: str, precision: str, told: dict[str, int] | None = None) -> dict[str, int]:
+        artefact = Artefact(Path("x"), "gguf", precision, 0)
+        return expected_memory(runtime, artefact, SHAPES, 600, 592, 50, told or {})
+
+    cache, living = 2 * 2 * 3 * 4, (2 * 5 + 4 * 7) * 4
+    assert parts("llama.cpp", "q4_0", {"weights": 1400}) == {
+        "runtime": 50,
+        "session": 5 * MB,
+        "weights": 1000,
+        "copies": 400,
+        "vocabulary": 11 * 300,
+        "kv": cache * 2 * 768,
+        "logits": 11 * 4,
+        "activations": 512 * living + 768 * 512 * 6,
+    }
+    assert parts("llama.cpp", "f32", {"weights": 1001})["kv"] == cache * 4 * 768
+    graph = {"runtime": 50, "weights": 1000, "copies": 100, "logits": 592 * 11 * 4, "activations": 592 * living}
+    assert parts("onnxruntime", "int8") == {**graph, "session": 13 * MB, "kv": 2 * cache * 4 * 600}
+    assert parts("onnxruntime-genai", "fp16") == {**graph, "session": 30 * MB, "kv": cache * 2 * 600}
+    assert parts("torch", "bf16")["copies"] == 500 and parts("torch", "fp32")["copies"] == 0
+
+
+def test_shapes_are_read_from_the_files(dense: Path, onnx_folder: Path) -> None:
+    found = shapes_of(open_artefact(dense))
+    parameters = 8000 * 512 + 512 + 8 * (3 * 512 * 2048 + 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512)
+    assert found == Shapes(parameters * 4, 8000 * 512 * 4, 8, 4, 64, 512, 2048, 8000)
+    onnx = shapes_of(open_artefact(onnx_folder))
+    assert 0 <= onnx.weights - found.weights < MB  # and tables of the rotation
+    assert onnx == Shapes(onnx.weights, *list(found.__dict__.values())[1:])
+
+
+def check(report: MemoryReport, runtimes: set[str]) -> None:
+    """The system agrees, the shapes explain 95 % of the peak, and 85 % of what is not libraries."""
+    assert {curve.runtime for curve in report.curves} == runtimes
+    for curve in report.curves:
+        assert report.passed, curve.reasons
+        for point in curve.points:
+            own = point.memory.peak - point.memory.baseline
+            assert point.system_peak == pytest.approx(point.memory.peak, rel=0.03)
+            assert sum(point.expected.values()) == pytest.approx(point.memory.peak, rel=0.05)
+            assert sum(point.expected.values()) - point.memory.baseline == pytest.approx(own, rel=0.15)
+        short, long = curve.points
+        assert long.memory.peak > short.memory.peak
+
+
+def test_shapes_explain_the_peak_in_onnx_runtime(onnx_folder: Path) -> None:
+    check(memory_curves([onnx_folder], [64, 256], threads=1), {"onnxruntime", "onnxruntime-genai"})
+
+
+@pytest.mark.slow
+def test_shapes_explain_the_peak_in_llama_cpp(dense: Path, llama_cpp_build: object) -> None:
+    from exporters.gguf import export
+
+    paths = [dense.parent / f"{type}.gguf" for type in ("f32", "q4_0")]  # q4_0 is in memory twice where it is repacked
+    for path in paths:
+        export(dense, path, type=path.stem)
+    found = shapes_of(open_artefact(paths[0]))
+    assert found == shapes_of(open_artefact(dense))
+    check(memory_curves(paths, [64, 256], threads=1), {"llama.cpp"})
+
+
+def test_what_is_off_is_said_and_fails(onnx_folder: Path, tmp_path: Path) -> None:
+    asked = ["check", "memory", str(onnx_folder), "--contexts", "32", "--runtime", "onnxruntime", "--threads", "1"]
+    done = CliRunner().invoke(app, [*asked, "--tolerance", "0.000001", "-o", str(tmp_path / "memory.json")])
+    assert done.exit_code == 1 and "32 tokens: the shapes say" in done.stdout
+    report = MemoryReport.model_validate_json((tmp_path / "memory.json").read_text())
+    assert not report.passed and report.curves[0].points[0].expected["weights"] > 100 * MB
+    (onnx_folder / "model.onnx.data").rename(tmp_path / "data")
+    try:
+        lost = memory_curves([onnx_folder], [32], threads=1, runtimes=["onnxruntime"])
+    finally:
+        (tmp_path / "data").rename(onnx_folder / "model.onnx.data")
+    assert not lost.passed and "32 tokens: onnxruntime on" in lost.curves[0].reasons[0]
+
+
+def test_bad_input_is_refused(onnx_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="context 8 is out of range"):
+        memory_curves([onnx_folder], [64, 8])
+    with pytest.raises(UserError, match="tolerance 0 is out of range"):
+        memory_curves([onnx_folder], [64], tolerance=0)
+    with pytest.raises(UserError, match="nothing can be run"):
+        memory_curves([onnx_folder], [64], runtimes=["llama.cpp"])
+    with pytest.raises(UserError, match="no such file"):
+        memory_curves([tmp_path / "missing"], [64])
