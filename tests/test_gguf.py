@@ -61,7 +61,10 @@ VARIANTS = {
 }
 LONGROPE = {"type": "longrope", "short_factor": [1.0 + i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
 # llama.cpp rounds a context up to 256 tokens: longer than the first, and not than the second.
-PHI_LONG = {"model_type": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 32}
+PHI_LONG = {
+    **{"model_type": "phi3", "rope_scaling": LONGROPE},
+    **{"original_max_position_embeddings": 32, "max_position_embeddings": 64},
+}
 PHI_SHORT = {**PHI_LONG, "original_max_position_embeddings": 512, "max_position_embeddings": 1024}
 PHI_PARTLY = {"model_type": "phi3", "partial_rotary_factor": 0.5, "tied": False}
 # Without the biases that few architectures of llama.cpp load.

@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from llama_cpp_files import DAMAGES, check_adapter, damaged
+from llama_cpp_files import check_adapter, damaged
 from llama_cpp_runner import Refused, convertible, llama_cpp_logits, probe
 
 from exporters.gguf import export
@@ -38,7 +38,7 @@ def test_a_hybrid_file_has_them_apart_and_a_dense_one_does_not(model: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["blk.2.ffn_gate.lr_a", "blk.2.ffn_up.prime", "blk.0.ffn_gate", "blk.0.ffn_up"])
-@pytest.mark.parametrize("change", DAMAGES)
+@pytest.mark.parametrize("change", ["missing", "a row less", "a column less"])
 def test_a_bad_one_is_refused_by_name(
     model: Path, tmp_path: Path, llama_cpp_build: Build, name: str, change: str
 ) -> None:
