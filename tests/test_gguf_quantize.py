@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 from layouts import MIXED, checkpoint_with
-from llama_cpp_runner import divergence, llama_cpp_logits, rewritten
+from llama_cpp_runner import convertible, divergence, llama_cpp_logits, rewritten
 from random_models import Shape, layouts_of, write_model
 from typer.testing import CliRunner
 
@@ -43,10 +43,14 @@ def types_of(path: Path) -> dict[str, str]:
     return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
 
-def assert_only_activations_differ(path: Path, build: Build) -> None:
-    """llama.cpp computes what the file's values say, but for activations in 8 bits, which these random models enlarge."""
+def activations_error(path: Path, build: Build) -> float:
+    """What llama.cpp computes from what the file's values say: activations in 8 bits, which these random models enlarge."""
     values = llama_cpp_logits(build, rewritten(path, path.with_name("values.gguf"), lambda _, values: values))
-    assert divergence(values, llama_cpp_logits(build, path)) < 0.1
+    return divergence(values, llama_cpp_logits(build, path))
+
+
+def assert_only_activations_differ(path: Path, build: Build) -> None:
+    assert activations_error(path, build) < 0.1
 
 
 @pytest.mark.slow
@@ -107,6 +111,20 @@ def test_aligned_factors_fall_back_nowhere(tmp_path: Path, llama_cpp_build: Buil
         assert kind == dense[whole_name(part)], part  # every part has as many bits as the whole would have
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert_only_activations_differ(result.path, llama_cpp_build)
+
+
+@pytest.mark.slow
+def test_matrices_that_phi3_fuses_are_rounded_by_themselves(tmp_path: Path, llama_cpp_build: Build) -> None:
+    sizes = {"hidden": 512, "ffn": 1280, "layers": 3, "kv_heads": 4}  # ranks and prime neurons are whole blocks
+    source = convertible(tiny_checkpoint(tmp_path / "checkpoint", model_type="phi3", compressed=True, **sizes))
+    result = export(source, tmp_path / "x.gguf", "q4_k_m")
+    assert result.fallbacks == () and not result.stock
+    stored = types_of(result.path)
+    assert stored["blk.1.ffn_gate.prime.weight"] == stored["blk.1.attn_q.lr_a.weight"] == "Q4_K"
+    more_bits = {name for name, kind in stored.items() if kind == "Q6_K"} - {"token_embd.weight"}
+    assert more_bits == {"blk.2.attn_v.weight", "blk.2.ffn_down.weight"}  # as of any model of three layers
+    dense = export(source, tmp_path / "dense.gguf", "q4_k_m", dense=True).path
+    assert activations_error(result.path, llama_cpp_build) < 3 * activations_error(dense, llama_cpp_build) < 1
 
 
 @pytest.mark.slow
