@@ -38,6 +38,9 @@ MAGIC = b"_logits_"
 REACH = 16.0  # nats below the most likely token that a base file tells apart
 STEPS = 65535
 LEAST = 100  # scored tokens, or it prints no figures
+TRIES = (
+    10  # of a run that ends well without its last lines: it does not wait for what it prints (ggml-org/llama.cpp#22142)
+)
 SHORT = 32  # tokens of a context that nothing is computed in
 NUMBER = r"(-?[\d.]+(?:e-?\d+)?|-?nan|-?inf)"
 FIGURES = {
@@ -180,9 +183,14 @@ def _judge(tool: Path, model: Path, base: Path, context: int, threads: int) -> J
     command = [str(tool), "-m", str(model), "--kl-divergence", "--kl-divergence-base", str(base), "-c", str(context)]
     command += ["-b", str(context), "-t", str(threads), "-ngl", "0", *_options(model)]
     with status(f"llama-perplexity on {model.name}"):
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    told = done.stdout + done.stderr
-    found = {name: match[match.lastindex or 1] for name, what in FIGURES.items() if (match := re.search(what, told))}
+        for _ in range(TRIES):
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+            told = done.stdout + done.stderr
+            found = {
+                name: match[match.lastindex or 1] for name, line in FIGURES.items() if (match := re.search(line, told))
+            }
+            if done.returncode or len(found) == len(FIGURES) or "inconsistent vocabulary" in told:
+                break
     if "inconsistent vocabulary" in told:
         raise UserError(f"{model} has another vocabulary than the reference; it is no file of that model")
     if done.returncode or len(found) < len(FIGURES):
