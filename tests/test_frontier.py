@@ -16,6 +16,7 @@ import runtime_checks.frontier as module
 from runtime_checks import measure_perplexity
 from runtime_checks.estimates import exponential, paired_rise
 from runtime_checks.frontier import frontier
+from runtime_checks.frontier_cell import Gauge, measure
 from runtime_checks.frontier_front import beaten, front_of_bytes, front_of_decode, pareto, verdict
 from runtime_checks.frontier_grid import Asked, Scale
 from runtime_checks.frontier_plot import CEILING, draw_bytes, write_plot
@@ -285,6 +286,26 @@ def test_bad_input_is_refused_before_anything_is_made(
     done = CliRunner().invoke(app, ["check", "frontier", str(folder / "dense"), str(tmp_path / "out"), *asked])
     assert isinstance(done.exception, UserError) and message in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_figures_says_why(folder: Path) -> None:
+    """Logits that are not finite are counted, and a child that fails is one line."""
+    export = pytest.importorskip("exporters.onnx").export
+    path = folder / "broken-onnx"
+    export(folder / "dense", path)
+    gauge = Gauge(
+        make_protocol(folder / "test.txt", open_checkpoint(folder / "dense").tokenizer(), CONTEXT, 2), 16, 4, 1, 1
+    )
+    weights = path / "model.onnx.data"
+    values = np.fromfile(weights, dtype=np.float32)
+    values[:] = np.nan
+    values.tofile(weights)
+    figures = measure(path, "onnxruntime", "dense", None, gauge)
+    assert figures["reason"] == f"{2 * (CONTEXT - 1)} positions have non-finite logits"
+    assert figures["perplexity"].value is None and figures["perplexity"].nonfinite == 2 * (CONTEXT - 1)
+    weights.unlink()
+    figures = measure(path, "onnxruntime", "dense", None, gauge)
+    assert list(figures) == ["reason"] and "onnxruntime on" in figures["reason"] and "load failed" in figures["reason"]
 
 
 # --- real files ------------------------------------------------------------------------------------------------------
