@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from genai_builder import build
 from typer.testing import CliRunner
 
+from runtime_checks import check_parity
 from runtime_checks.metrics import compare_window
 from runtime_checks.parity import COARSE, TOLERANCES, judge, limits, tolerance_of
 from runtime_checks.schema import Parity, Tolerance
@@ -84,3 +86,13 @@ def test_the_cost_of_a_compression_has_no_limits_but_those_given(tmp_path: Path)
     assert code == 1 and ["mean KL" in reason for reason in found["reasons"]] == [True]
     code, error = parity(dense, small, "--top1", "2")
     assert isinstance(error, UserError)
+
+
+def test_a_folder_of_onnxruntime_genais_own_builder_is_compared(tmp_path: Path) -> None:
+    """Its cache has sides without a number; its weights go by other names, so they are not compared."""
+    pytest.importorskip("onnxruntime_genai")
+    dense = tiny_checkpoint(tmp_path / "dense", heads=2, kv_heads=1, layers=2)
+    folder = build(dense, tmp_path / "folder", "fp32")
+    report = check_parity(dense, [folder], TEXT, context=32, windows=2, threads=1)
+    assert report.passed and len(report.results) == 3, [result.reasons for result in report.results]
+    assert [skipped.what for skipped in report.skipped] == [f"weights of {folder}"]

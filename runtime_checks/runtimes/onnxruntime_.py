@@ -3,6 +3,7 @@
 Which inputs the graph has is read from the session, so a graph with position_ids runs like one without.
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import onnxruntime as ort
 from runtime_checks.runtimes.greedy import greedy
 
 FILLER = 1
+SIDES = ((1, "num_key_value_heads"), (3, "head_size"))  # of a cache tensor: axis, and what genai_config.json calls it
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -44,9 +46,20 @@ class Runtime:
         self.past = {}
         for name, node in self.inputs.items():
             if name.startswith("past_key_values."):
-                heads, width = int(node.shape[1]), int(node.shape[3])
+                heads, width = (self._side(node, axis, key) for axis, key in SIDES)
                 empty = np.zeros((1, heads, 0, width), dtype=DTYPES[node.type])
                 self.past[name] = ort.OrtValue.ortvalue_from_numpy(empty)
+
+    def _side(self, node: Any, axis: int, key: str) -> int:
+        """A side of the cache: as the graph has it, or by genai_config.json, where another builder's graph names it only."""
+        side = node.shape[axis]
+        if isinstance(side, int):
+            return side
+        config = self.file.with_name("genai_config.json")
+        decoder = json.loads(config.read_text())["model"]["decoder"] if config.is_file() else {}
+        if key not in decoder:
+            raise ValueError(f"{node.name} has a side {side!r} of which no genai_config.json tells the size ({key})")
+        return int(decoder[key])
 
     def _forward(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits (len(ids), vocab) of ids appended to the cache."""
