@@ -8,8 +8,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from runtime_checks.frozen import Frozen
 from runtime_checks.json_file import read_model, write_model
-from runtime_checks.schema import Frozen, Machine, Perplexity
+from runtime_checks.schema import Machine, Perplexity
 from runtime_checks.study_schema import Estimate, Status, StudyProtocol
 from runtime_checks.task_schema import TaskFile, TaskResult
 

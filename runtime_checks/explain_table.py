@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime_checks.explain import PREMISE, Explanation, LayerFound, Matrix
+from runtime_checks.explain_schema import PREMISE, Explanation, LayerFound, Matrix
 from runtime_checks.summary import DASH, number
 from sola_edge.architecture import COMPONENTS
 

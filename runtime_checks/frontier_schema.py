@@ -7,8 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Literal
 
+from runtime_checks.frozen import Frozen
 from runtime_checks.json_file import read_model, write_model
-from runtime_checks.schema import Frozen, Machine, Memory, Perplexity, Throughput
+from runtime_checks.schema import Machine, Memory, Perplexity, Throughput
 from runtime_checks.study_schema import Estimate, Status, StudyProtocol
 from sola_edge.errors import UserError
 

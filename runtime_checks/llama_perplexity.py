@@ -24,12 +24,13 @@ from pydantic import Field
 
 from exporters.llama_cpp import find
 from runtime_checks.checks import reference_logits, reference_subject, subjects_of
+from runtime_checks.frozen import Frozen
 from runtime_checks.machine import checked_threads
 from runtime_checks.perplexity import perplexity
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol
 from runtime_checks.reference import Reference, check_space
-from runtime_checks.schema import Frozen, Perplexity, ProtocolRecord, Skipped
+from runtime_checks.schema import Perplexity, ProtocolRecord, Skipped
 from sola_edge.checkpoint import load_tokenizer
 from sola_edge.errors import UserError
 from sola_edge.progress import status

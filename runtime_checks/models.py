@@ -1,10 +1,10 @@
-"""What the report says of a model, read from its checkpoint: parameters, how it was made, ranks by layer."""
+"""What the report says of a model, read from its checkpoint: parameters, how it was made, what was done to each layer."""
 
 from pathlib import Path
 
-from runtime_checks.schema import Model, Ranks
-from sola_edge.architecture import COMPONENTS, FFN
-from sola_edge.checkpoint import Checkpoint, open_checkpoint
+from runtime_checks.explain import explain
+from runtime_checks.schema import Model
+from sola_edge.checkpoint import open_checkpoint
 
 
 def describe(name: str, path: Path) -> Model:
@@ -16,7 +16,7 @@ def describe(name: str, path: Path) -> Model:
         architecture=checkpoint.config.model_type,
         parameters=checkpoint.parameters(),
         provenance=_brief(checkpoint.provenance),
-        ranks=_ranks(checkpoint) if checkpoint.layout else [],
+        explained=explain(path) if checkpoint.layout else None,
     )
 
 
@@ -29,20 +29,3 @@ def _short(value: object) -> bool:
     return not isinstance(value, dict) or (
         len(value) <= 24 and not any(isinstance(v, dict | list) for v in value.values())
     )
-
-
-def _ranks(checkpoint: Checkpoint) -> list[Ranks]:
-    return [_layer(checkpoint, layer) for layer in range(checkpoint.layers)]
-
-
-def _layer(checkpoint: Checkpoint, layer: int) -> Ranks:
-    modules = {c: checkpoint.architecture.module(layer, c) for c in COMPONENTS}
-    layouts = {c: checkpoint.layout.get(module) for c, module in modules.items()}
-    primes = {found.prime for c in FFN if (found := layouts[c]) is not None}
-    full = {}
-    for component, module in modules.items():
-        found = layouts[component]
-        shape = (found.n_out, found.n_in) if found else checkpoint.shape(f"{module}.weight")
-        full[component] = min(shape)
-    ranks = {c: found.rank or None if found else None for c, found in layouts.items()}
-    return Ranks(layer=layer, prime=max(primes) if primes else None, ranks=ranks, full=full)

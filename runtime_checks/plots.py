@@ -31,7 +31,6 @@ def plots(report: Report) -> list[tuple[str, str]]:
         ("Perplexity (± standard error)", bars(report, _perplexity, "perplexity")),
         ("Mean KL to the reference by window, nats", window_lines(report)),
     ]
-    found += [(f"Ranks of {m.name}, % of full", heat_map(report, i)) for i, m in enumerate(report.models) if m.ranks]
     return [(title, svg) for title, svg in found if svg]
 
 
@@ -189,29 +188,3 @@ def window_lines(report: Report) -> str:
     place = {"loc": "upper center", "bbox_to_anchor": (0.42, -0.22)}
     axes.legend(handles, [*labels, *models], ncols=2, frameon=False, fontsize=9, **place)
     return svg_of(figure, "window-kl")
-
-
-def heat_map(report: Report, index: int) -> str:
-    """Rank of every matrix in per cent of its full rank, layers down, components across; dense matrices are 100."""
-    model = report.models[index]
-    components = list(model.ranks[0].ranks)
-    share = [
-        [100.0 if (rank := row.ranks[c]) is None else 100 * rank / row.full[c] for c in components]
-        for row in model.ranks
-    ]
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.19 * len(share)))
-    image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, vmax=100)
-    for y, row in enumerate(model.ranks):
-        for x, component in enumerate(components):
-            text = "dense" if row.ranks[component] is None else str(row.ranks[component])
-            axes.text(
-                x, y, text, ha="center", va="center", fontsize=7.5, color="#ffffff" if share[y][x] < 60 else "#111111"
-            )
-    axes.set_xticks(range(len(components)), components)
-    axes.xaxis.tick_top()
-    step = max(1, len(share) // 15)
-    axes.set_yticks(range(0, len(share), step), [str(model.ranks[i].layer) for i in range(0, len(share), step)])
-    axes.set_ylabel("decoder layer")
-    figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
-    return svg_of(figure, f"ranks-{index}")

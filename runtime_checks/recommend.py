@@ -8,7 +8,7 @@ from runtime_checks.estimates import exponential, paired_rise
 from runtime_checks.frontier import default_folder
 from runtime_checks.frontier_front import ratio, size
 from runtime_checks.frontier_schema import FRONTIER, Frontier, FrontierCell, Setting, read_frontier
-from runtime_checks.schema import Frozen
+from runtime_checks.frozen import Frozen
 from runtime_checks.study_schema import Estimate
 from runtime_checks.summary import megabytes, number
 from sola_edge.checkpoint import open_checkpoint

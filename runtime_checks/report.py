@@ -45,6 +45,7 @@ def write_html(report: Report, path: Path) -> Path:
 def html(report: Report) -> str:
     """The page: one file, no network, light and dark."""
     environment = pages("report.html")
+    from runtime_checks.explain_plots import plots as explained
     from runtime_checks.plots import plots
 
     environment.filters["megabytes"] = megabytes
@@ -57,6 +58,9 @@ def html(report: Report) -> str:
         failures=failures(report),
         warnings=warnings(report),
         plots=plots(report),
+        explained=[
+            (m.name, explained(m.explained, of=f"model-{i}-")) for i, m in enumerate(report.models) if m.explained
+        ],
         continuations=continuations(report),
     )
 

@@ -1,4 +1,4 @@
-"""The report's data: what `report.json` holds. Version 1; validated whenever it is written or read.
+"""The report's data: what `report.json` holds. Version 2; validated whenever it is written or read.
 
 Units: bytes, tokens per second, nats; `*_percent` are per cent, everything else that is a share is a fraction.
 A figure that was not measured is null. Perplexity is null when any logit was not finite.
@@ -7,18 +7,15 @@ A figure that was not measured is null. Perplexity is null when any logit was no
 import statistics
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-SCHEMA_VERSION: Literal[1] = 1
+from runtime_checks.explain_schema import Explanation
+from runtime_checks.frozen import Frozen
+
+SCHEMA_VERSION: Literal[2] = 2
 BUSY = 0.2  # share of the cores in others' use from which on a speed is doubtful
 Kind = Literal["checkpoint", "onnx", "gguf"]
 Comparison = Literal["export parity", "compression cost"]
-
-
-class Frozen(BaseModel):
-    """Immutable, no unknown fields, no NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ProtocolRecord(Frozen):
@@ -192,24 +189,15 @@ class Cost(Frozen):
     top1: float | None
 
 
-class Ranks(Frozen):
-    """One decoder layer's ranks by component; null is a dense matrix. `prime` is its number of prime neurons."""
-
-    layer: int
-    prime: int | None
-    ranks: dict[str, int | None]
-    full: dict[str, int]  # the smaller side of the matrix: the largest rank that there could be
-
-
 class Model(Frozen):
-    """A model of the report and the checkpoint that it came from."""
+    """A model of the report and the checkpoint that it came from; `explained`: what was done to it, null of a dense one."""
 
     name: str
     checkpoint: str | None
     architecture: str | None
     parameters: int | None
     provenance: dict[str, object] = Field(default_factory=dict)
-    ranks: list[Ranks] = Field(default_factory=list)
+    explained: Explanation | None = None
 
 
 class Skipped(Frozen):
@@ -233,7 +221,7 @@ class Machine(Frozen):
 class Report(Frozen):
     """Everything that one or more checks found."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     created: str  # UTC, ISO 8601
     command: list[str]
     machine: Machine

@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from runtime_checks.schema import Frozen, ProtocolRecord
+from runtime_checks.frozen import Frozen
+from runtime_checks.schema import ProtocolRecord
 
 Status = Literal["measured", "unreachable", "failed"]
 

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from runtime_checks.schema import Frozen, Machine, Model
+from runtime_checks.frozen import Frozen
+from runtime_checks.schema import Machine, Model
 from runtime_checks.task_files import Kind, Metric
 
 

@@ -376,7 +376,7 @@ def test_two_models_in_torch_and_onnx_make_one_report(tiny: Path, onnx_folder: P
         assert result.generation is not None and result.perplexity is not None
     assert len(report.costs) == 3 and all(c.perplexity_ratio == pytest.approx(1) for c in report.costs)
     assert report.skipped[0].reason == "no C++ compiler was found"
-    assert report.models[0].ranks and report.models[0].parameters
+    assert report.models[0].explained and report.models[0].parameters
 
 
 def test_an_onnx_graph_with_one_weight_scaled_fails(tiny: Path, onnx_folder: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from runtime_checks.checks import new_report
 from runtime_checks.compare_schema import Cell, Comparison, write_comparison
-from runtime_checks.explain import Explanation, explain
+from runtime_checks.explain import explain
 from runtime_checks.explain_page import page, write_page
+from runtime_checks.explain_schema import Explanation
 from runtime_checks.explain_table import print_explanation, totals
 from runtime_checks.schema import ProtocolRecord
 from runtime_checks.study_schema import CalibrationRecord, StudyProtocol
@@ -133,9 +134,11 @@ def test_page_opens_offline(made: dict[str, Compressed], method: str) -> None:
     assert len(defined) == len(set(defined))
     assert ("Predicted rise of the loss" in text) == (method != "svd-llm")
     assert ("Energy that the factors keep, %" in text) == (method == "svd-llm")
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 5
     for wanted in (
         "Parameters kept, %",
+        "Ranks, and their share of full rank",
+        "FFN neurons, % of the dense model's",
         "Norm carried by the largest neurons",
         "SoLA's premise",
         "prefers-color-scheme",

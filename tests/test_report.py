@@ -11,6 +11,7 @@ from rich.console import Console
 from runtime_checks import load_report, print_table, write_report
 from runtime_checks.checks import new_report
 from runtime_checks.costs import costs_of
+from runtime_checks.explain_schema import Explanation, LayerFound, Matrix, NormShare
 from runtime_checks.parity import tolerance_for
 from runtime_checks.report import html, write_json
 from runtime_checks.schema import (
@@ -20,7 +21,6 @@ from runtime_checks.schema import (
     Parity,
     Perplexity,
     ProtocolRecord,
-    Ranks,
     Report,
     Result,
     Skipped,
@@ -79,19 +79,38 @@ def sample_result(model: str, runtime: str, precision: str, fails: bool) -> Resu
     )  # fmt: skip
 
 
+def sample_explanation(layers: int) -> Explanation:
+    ranks = {"q": None, "k": 96, "v": None, "o": 128, "gate": 256, "up": 160, "down": 224}
+    shapes = {c: (192 if c in "kv" else 576, 576) for c in "qkvo"} | {
+        "gate": (1536, 576),
+        "up": (1536, 576),
+        "down": (576, 1536),
+    }
+    matrices = {
+        c: Matrix(form="plain" if rank else "whole", rank=rank, prime=224 if rank and max(shapes[c]) == 1536 else 0,
+                  n_out=shapes[c][0], n_in=shapes[c][1], parameters=100_000, parameters_dense=shapes[c][0] * shapes[c][1],
+                  predicted=0.001 if c in "qkvo" else None, retained=None)
+        for c, rank in ranks.items()
+    }  # fmt: skip
+    return Explanation(
+        checkpoint="build/demo/compressed/checkpoint", architecture="llama", method="sola", settings={"rate": 0.2},
+        calibration="python-docstrings, 32768 tokens", parameters=PARAMETERS["compressed"],
+        parameters_dense=PARAMETERS["dense"],
+        rate=0.2, predicted=0.12, unit="nats", norm_neurons=[0.15, 0.5],
+        norm_share=NormShare(neurons=0.15, minimum=0.2, median=0.3, maximum=0.4),
+        layers=[LayerFound(layer=i, neurons=1536, neurons_dense=1536, prime=224, matrices=matrices, predicted_attention=0.002,
+                           predicted_ffn=0.003, norms=[0.3, 0.7]) for i in range(layers)],
+    )  # fmt: skip
+
+
 def sample_report(fails: bool = False, layers: int = 30) -> Report:
     results = [
         sample_result(m, r, p, fails and m == "compressed" and p == "f16") for m in PARAMETERS for r, p in RUNTIMES
     ]
-    rank = {"q": None, "k": 96, "v": None, "o": 128, "gate": 256, "up": 160, "down": 224}
-    full = {"q": 576, "k": 192, "v": 192, "o": 576, "gate": 576, "up": 576, "down": 576}
-    ranks = [
-        Ranks(layer=i, prime=224, ranks={c: r and r + i for c, r in rank.items()}, full=full) for i in range(layers)
-    ]
     models = [
         Model(name=name, checkpoint=f"build/demo/{name}/checkpoint", architecture="llama", parameters=count,
               provenance={"settings": {"rate": 0.2, "method": "sola-paper"}} if name == "compressed" else {},
-              ranks=ranks if name == "compressed" else [])
+              explained=sample_explanation(layers) if name == "compressed" else None)
         for name, count in PARAMETERS.items()
     ]  # fmt: skip
     protocol = ProtocolRecord(
@@ -109,7 +128,7 @@ def test_report_round_trip(tmp_path: Path) -> None:
     data, page = write_report(report, tmp_path)
     assert load_report([data]) == report
     assert data.name == "report.json" and page.name == "report.html"
-    assert json.loads(data.read_text())["schema_version"] == 1
+    assert json.loads(data.read_text())["schema_version"] == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]  # nothing half-written
 
 
@@ -121,11 +140,11 @@ def test_reports_are_merged_without_repeats(tmp_path: Path) -> None:
     assert merged.results == report.results and merged.skipped == report.skipped
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1", '{"schema_version": 2}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1", '{"schema_version": 1}'])
 def test_a_file_that_is_no_report_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"bad\.json is no report of schema version 1") as caught:
+    with pytest.raises(UserError, match=r"bad\.json is no report of schema version 2") as caught:
         load_report([path])
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such result file"):

@@ -26,6 +26,8 @@ BLOCKS = {
 """Type → values in a block, which the rows of a matrix must be whole ones of."""
 PLANNED = re.compile(r"\] (\S+) +- \[ *(\d+)[^]]*\], type = +\w+, size = [^(\n]*MiB -> [^(\n]*MiB \((\w+)\)")
 """A line of llama-quantize's: the tensor's name, the length of its rows, and the type that it is rounded to."""
+COUNTED = re.compile(r"^\[ *(\d+)/ *(\d+)\] ", re.MULTILINE)  # the number that each tensor's line begins with
+TRIES = 10  # on a busy machine llama.cpp's tools lose lines at their end now and then (ggml-org/llama.cpp#22142)
 WINDOW = 512  # tokens, llama-imatrix's own
 CHARACTERS = 16  # of a token, at most on average: more of a text is not handed over
 
@@ -59,8 +61,13 @@ def types_of(build: Build, model: Path, type: str, matrix: Path | None) -> dict[
     Without those whose rows are no whole blocks, for which it chooses what fits them. matrix: the importance matrix.
     """
     command = [str(build.tool("llama-quantize")), "--dry-run", *_weighed(matrix), str(model), type.upper()]
-    found = PLANNED.findall(_run(command, "llama-quantize does not plan"))
-    return {name: kind for name, columns, kind in found if int(columns) % BLOCKS[type] == 0}
+    for _ in range(TRIES):
+        told = _run(command, "llama-quantize does not plan")
+        lines = {(int(number), int(count)) for number, count in COUNTED.findall(told)}
+        if lines and len(lines) == max(count for _, count in lines):
+            found = PLANNED.findall(told)
+            return {name: kind for name, columns, kind in found if int(columns) % BLOCKS[type] == 0}
+    raise UserError(f"llama-quantize told only {len(lines)} tensors of {model}; close other programs and try again")
 
 
 def _weighed(matrix: Path | None) -> list[str]:
