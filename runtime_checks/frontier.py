@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters.gguf import Importance
+from runtime_checks.artefacts import open_artefact
 from runtime_checks.compare_labels import folder_name
 from runtime_checks.estimates import exponential, paired_rise
 from runtime_checks.frontier_cell import Gauge, known, measure
@@ -28,8 +29,8 @@ from runtime_checks.frontier_schema import (
     read_frontier,
     write_frontier,
 )
-from runtime_checks.kv_cache import kv_bytes_per_token
 from runtime_checks.machine import machine
+from runtime_checks.memory_model import growth
 from runtime_checks.runtimes import RUNTIMES
 from runtime_checks.study import Common, check_place, refuse_other
 from runtime_checks.study_schema import Status, StudyProtocol
@@ -194,7 +195,7 @@ class _Run:
             "achieved": 0.0 if setting.dense else checkpoint.provenance["rate"],
             "parameters": checkpoint.parameters(),
             "artefact": artefact,
-            "kv_bytes": kv_bytes_per_token(self.source.config, setting.runtime, artefact.precision),
+            "growth": growth(setting.runtime, open_artefact(path)),
         }
         if "seconds" in figures:
             figures["seconds"] = {"export": exported, **figures["seconds"]}

@@ -87,9 +87,14 @@ def verdict(found: Frontier) -> list[str]:
     front = front_of_bytes(found)
     kept = [str(cell.setting) for cell in front if not cell.setting.dense]
     dense = sum(cell.setting.dense for cell in front)
-    lines = [f"On the front of bytes and perplexity: {dense} dense, {len(kept)} compressed of {len(front)}."]
+    lines = [f"On the front of bytes and perplexity: {dense} dense and {len(kept)} compressed settings."]
     if kept:
         lines.append(f"Compressed ones on it: {'; '.join(kept)}.")
+    if not any(cell.setting.dense and cell.throughput != cell.baseline for cell in found.measured):
+        return [
+            *lines,
+            "No dense file but the baselines was measured, so nothing is said of plain quantization: add rate 0.",
+        ]
     lost = [lose for cell in compressed if (lose := beaten(found, cell))]
     if compressed:
         lines.append(

@@ -68,7 +68,8 @@ class FrontierCell(Frozen):
     compression: all that the compression was asked, null for the dense model; with the setting and the protocol it is what
     the cell is known by. achieved: the rate. ratio: perplexity ÷ the reference's, rise: of the mean NLL; their standard errors
     are of the paired difference by window. throughput and baseline were measured in turn, in one run: the baseline is the
-    dense model in the runtime's own reference type. kv_bytes: of the cache, for every token of context.
+    dense model in the runtime's own reference type. memory is that of memory_context tokens; growth: bytes that every further
+    one should take where a prompt fills the context (memory_model.py).
     """
 
     setting: Setting
@@ -83,7 +84,7 @@ class FrontierCell(Frozen):
     rise: Estimate | None = None
     memory: Memory | None = None
     memory_context: int | None = None
-    kv_bytes: int | None = None
+    growth: int | None = None
     throughput: Throughput | None = None
     baseline: Throughput | None = None
     version: str = ""

@@ -24,14 +24,16 @@ from typing import Any
 import numpy as np
 
 from runtime_checks.artefacts import Artefact
-from runtime_checks.kv_cache import F32, element_bytes
 from sola_edge.architecture import head_dim, kv_heads
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.errors import UserError
 from sola_edge.gguf_source import field, open_gguf
 
+F16, F32 = 2, 4
+HALF = ("fp16", "bf16")  # ONNX precisions whose cache is of the graph's own type
 SESSION = {"llama.cpp": 5_000_000, "onnxruntime": 13_000_000, "onnxruntime-genai": 30_000_000, "torch": 20_000_000}
 TOKEN = 300  # bytes; measured with 49,152 tokens
+FAR = 4096  # tokens, from where on memory grows evenly
 BATCH, PADDING = 512, 256  # llama.cpp's n_ubatch, and what it rounds a context up to
 MASK = 4 + 2  # bytes of the attention mask's elements, in fp32 and cast to fp16
 
@@ -146,6 +148,20 @@ def expected_memory(
         "weights": shapes.weights,
         **{part: round(size) for part, size in MODELS[runtime](artefact, shapes, context, prompt, cache, told).items()},
     }
+
+
+def element_bytes(runtime: str, precision: str) -> int:
+    """Bytes of one value of the cache. llama.cpp's is F16 (F32 for a file of F32), as runtimes/llama_cpp_.py asks for it."""
+    if runtime == "llama.cpp":
+        return F32 if precision == "f32" else F16
+    return F16 if precision in HALF else F32
+
+
+def growth(runtime: str, artefact: Artefact) -> int:
+    """Bytes that every further token takes where a prompt fills the context. Raises UserError where the file does not say."""
+    shapes = shapes_of(artefact)
+    short, long = (sum(expected_memory(runtime, artefact, shapes, n, n, 0, {}).values()) for n in (FAR, 2 * FAR))
+    return (long - short) // FAR
 
 
 def _activations(shapes: Shapes, tokens: int) -> int:

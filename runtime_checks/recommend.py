@@ -29,8 +29,8 @@ class Wanted:
 
 
 class Option(Frozen):
-    """A setting and what it needs and gives. memory: the resident peak that was measured, and the cache of any further tokens
-    of context. behind: its perplexity ÷ that of the chosen one, paired by window.
+    """A setting and what it needs and gives. memory: the resident peak that was measured, and what any further tokens of
+    context should take. behind: its perplexity ÷ that of the chosen one, paired by window.
     """
 
     setting: Setting
@@ -114,7 +114,7 @@ def recommend(measured: tuple[Path, Frontier], wanted: Wanted) -> Recommendation
 
 def _option(found: Frontier, cell: FrontierCell, wanted: Wanted, best: FrontierCell | None = None) -> Option:
     assert cell.artefact and cell.ratio and cell.memory and cell.throughput and cell.perplexity
-    more = max(0, (wanted.context or 0) - (cell.memory_context or 0)) * (cell.kv_bytes or 0)
+    more = max(0, (wanted.context or 0) - (cell.memory_context or 0)) * (cell.growth or 0)
     behind = exponential(paired_rise(best.perplexity, cell.perplexity)) if best and best.perplexity else None
     return Option(
         setting=cell.setting,

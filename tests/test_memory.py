@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from runtime_checks.artefacts import Artefact, open_artefact
 from runtime_checks.launcher import launched, peak_told
 from runtime_checks.memory_curve import MemoryReport, memory_curves
-from runtime_checks.memory_model import Shapes, expected_memory, shapes_of
+from runtime_checks.memory_model import Shapes, expected_memory, growth, shapes_of
 from runtime_checks.throughput import random_prompt
 from sola_edge.cli import app
 from sola_edge.errors import UserError
@@ -103,6 +103,12 @@ def test_the_model_by_hand() -> None:
     assert parts("onnxruntime", "int8") == {**graph, "session": 13 * MB, "kv": 2 * cache * 4 * 600}
     assert parts("onnxruntime-genai", "fp16") == {**graph, "session": 30 * MB, "kv": cache * 2 * 600}
     assert parts("torch", "bf16")["copies"] == 500 and parts("torch", "fp32")["copies"] == 0
+
+
+def test_growth_is_what_a_longer_prompt_takes(dense: Path, onnx_folder: Path) -> None:
+    cache, living = 2 * 8 * 4 * 64 * 4, (2 * 512 + 4 * 2048) * 4
+    assert growth("torch", open_artefact(dense)) == 2 * cache + living
+    assert growth("onnxruntime-genai", open_artefact(onnx_folder)) == cache + 8000 * 4 + living
 
 
 def test_shapes_are_read_from_the_files(dense: Path, onnx_folder: Path) -> None:
