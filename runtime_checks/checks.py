@@ -166,7 +166,7 @@ def bench_group(subjects: list[Subject], prompt: int, generate: int, rounds: int
         for subject in subjects:
             try:
                 subject.start(stack, threads, max(prompt, generate) + WARM_UP)
-                subject.measure_memory(prompt, VOCABULARY_OF_ANY_MODEL, WARM_UP)
+                subject.measure_memory(max(prompt, generate), VOCABULARY_OF_ANY_MODEL, WARM_UP)
             except CheckError as error:
                 subject.reasons.append(str(error))
         time_group(subjects, prompt, generate, VOCABULARY_OF_ANY_MODEL, rounds, threads)

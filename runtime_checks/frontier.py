@@ -139,7 +139,7 @@ class _Run:
                     _remove(self._file(setting))
             if not self.keep:
                 _remove(folder)
-        if not self.keep:
+        if todo and not self.keep:
             _remove(self.folder)
 
     def _last_of_its_file(self, setting: Setting, settings: Sequence[Setting]) -> bool:

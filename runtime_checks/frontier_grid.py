@@ -7,7 +7,7 @@ from typing import Any
 from runtime_checks.artefacts import open_artefact
 from runtime_checks.checks import check_sizes
 from runtime_checks.frontier_cell import Gauge
-from runtime_checks.frontier_export import FORMATS, check_types, runtime_rows, types_of
+from runtime_checks.frontier_export import EXPORT_FORMAT, FORMATS, check_types, runtime_rows, types_of
 from runtime_checks.frontier_schema import DENSE, FrontierCell, Setting
 from runtime_checks.machine import checked_threads, machine
 from runtime_checks.protocol import make_protocol
@@ -100,6 +100,7 @@ def protocol_of(
     scored = make_protocol(text.joined, tokenizer, scale.context, scale.windows, text.name)
     gauge = Gauge(scored, scale.prompt, scale.generate, scale.rounds, checked_threads(scale.threads))
     options: dict[str, int | str | None] = {
+        "format of exports": EXPORT_FORMAT,
         "stored as": open_artefact(source.path).precision,
         "importance matrix": load_text(asked.importance).sha256 if asked.importance else None,
         "prompt": scale.prompt,

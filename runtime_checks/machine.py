@@ -1,6 +1,8 @@
 """Where figures were measured: processor, cores, memory, versions."""
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 import sys
 from pathlib import Path
@@ -94,4 +96,8 @@ def _llama_cpp() -> dict[str, str]:
     except (ImportError, OSError, ValueError):
         return {}
     told = [str(facts[key]) for key in ("version", "llama_cpp_commit") if isinstance(facts.get(key), str)]
-    return {"llama.cpp": ", ".join(told)} if told else {}
+    if not told:
+        return {}
+    # two builds of one release differ by our addition, by what cmake was told, or by a checkout of one's own
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return {"llama.cpp": ", ".join([*told, f"build {digest}"])}

@@ -16,6 +16,7 @@ from runtime_checks.frozen import Frozen
 from runtime_checks.machine import checked_threads, machine, packages
 from runtime_checks.memory_model import Shapes, expected_memory, shapes_of
 from runtime_checks.process import CheckError, Child
+from runtime_checks.runtimes import check_runtimes
 from runtime_checks.schema import Kind, Machine, Memory, Skipped
 from runtime_checks.subject import Subject, memory_of
 from runtime_checks.throughput import random_prompt
@@ -92,6 +93,7 @@ def memory_curves(
         raise UserError(f"context {min(contexts, default=0)} is out of range: give at least {WARM_UP + 1} tokens")
     if not 0 < tolerance < 1:
         raise UserError(f"tolerance {tolerance:g} is out of range: give a share of the peak, such as {TOLERANCE:g}")
+    check_runtimes(runtimes)
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
     shapes = {path: shapes_of(open_artefact(path)) for path in map(Path, paths)}

@@ -27,7 +27,7 @@ from runtime_checks.artefacts import Artefact
 from sola_edge.architecture import head_dim, kv_heads
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.errors import UserError
-from sola_edge.gguf_source import field, open_gguf
+from sola_edge.gguf_source import field, open_gguf, stored_tensors
 
 F16, F32 = 2, 4
 HALF = ("fp16", "bf16")  # ONNX precisions whose cache is of the graph's own type
@@ -105,7 +105,9 @@ def _bytes(tensor: Any) -> int:
 def _of_gguf(path: Path) -> Shapes:
     reader = open_gguf(path)
     name = field(reader, "general.architecture")
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in stored_tensors(path)}
+    if "token_embd.weight" not in sizes:
+        raise UserError(f"{path} has no token_embd.weight, so it is no model; export it again")
     wide: dict[str, int] = {}
     for key in (
         "block_count",

@@ -9,6 +9,7 @@ from runtime_checks.frontier import default_folder
 from runtime_checks.frontier_front import ratio, size
 from runtime_checks.frontier_schema import FRONTIER, Frontier, FrontierCell, Setting, read_frontier
 from runtime_checks.frozen import Frozen
+from runtime_checks.runtimes import check_runtimes
 from runtime_checks.study_schema import Estimate
 from runtime_checks.summary import megabytes, number
 from sola_edge.checkpoint import open_checkpoint
@@ -90,10 +91,13 @@ def frontier_of(source: str) -> tuple[Path, Frontier]:
 def recommend(measured: tuple[Path, Frontier], wanted: Wanted) -> Recommendation:
     """Choose. Raises UserError when the frontier has no figures at all, or none of the runtimes asked for."""
     place, found = measured
+    check_runtimes(wanted.runtimes)
     cells = [c for c in found.measured if wanted.runtimes is None or c.setting.runtime in wanted.runtimes]
     if not cells:
         known = ", ".join(dict.fromkeys(c.setting.runtime for c in found.measured)) or "none"
         raise UserError(f"{place} has no measured setting of what is asked for; its runtimes are: {known}")
+    if wanted.context is not None and wanted.context < 1:
+        raise UserError(f"context {wanted.context} is out of range: give at least 1 token")
     judged = [(cell, _judge(_option(found, cell, wanted), wanted)) for cell in cells]
     fitting = sorted((c for c, j in judged if not j.reasons), key=lambda cell: (ratio(cell), size(cell)))
     ruled_out = sorted((j for _, j in judged if j.reasons), key=lambda j: (j.short, j.option.ratio.value))
@@ -103,7 +107,7 @@ def recommend(measured: tuple[Path, Frontier], wanted: Wanted) -> Recommendation
     return Recommendation(
         frontier=str(place),
         reference=found.reference,
-        wanted=_in_words(wanted),
+        wanted=_in_words(wanted, max(cell.memory_context or 0 for cell in cells)),
         chosen=chosen,
         reason=_reason(len(fitting), len(cells), chosen),
         runners_up=runners,
@@ -146,11 +150,12 @@ def _judge(option: Option, wanted: Wanted) -> RuledOut:
     return RuledOut(option=option, reasons=reasons, short=short)
 
 
-def _in_words(wanted: Wanted) -> str:
+def _in_words(wanted: Wanted, measured: int) -> str:
+    """measured: tokens that memory was measured with."""
     parts = [f"at most {megabytes(wanted.memory)} of memory"]
     parts += [f"at least {number(wanted.decode)} tokens/s of decode"] if wanted.decode else []
     parts += [f"at least {number(wanted.prefill)} tokens/s of prefill"] if wanted.prefill else []
-    parts += [f"{wanted.context:,} tokens of context"] if wanted.context else []
+    parts += [f"{max(wanted.context or 0, measured):,} tokens of context"]
     return ", ".join([*parts, *([f"in {' or '.join(wanted.runtimes)}"] if wanted.runtimes else [])])
 
 

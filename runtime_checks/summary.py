@@ -137,7 +137,7 @@ def verdict(report: Report) -> str:
     if not judged:
         return "Measured; nothing was compared with a reference"
     if any(r.parity is not None and r.parity.comparison == "compression cost" for r in judged):
-        return f"What {len(judged)} models cost against the reference, within the limits that were given"
+        return f"What {len(judged)} models cost against the reference; limits that were given are kept"
     names = dict.fromkeys(r.parity.reference_runtime for r in judged if r.parity is not None)
     reference = " and ".join("PyTorch" if name == "torch" else name for name in names)
     return f"All {len(judged)} exports compute what {reference} computes, within tolerance"

@@ -299,7 +299,8 @@ def check_parity(
     compression_cost: Annotated[
         bool,
         typer.Option(
-            "--compression-cost", help="The candidates are other models (compressed): no limits but those given here."
+            "--compression-cost",
+            help="The candidates are other models (compressed): no limits of logits but those given here.",
         ),
     ] = False,
     tokenizer: Annotated[

@@ -23,6 +23,7 @@ from sola_edge.cli_options import (
     size,
 )
 from sola_edge.config import CompressionSettings
+from sola_edge.texts import DEFAULT_CALIBRATION, DEFAULT_SCORING
 
 
 def add_frontier_commands(app: typer.Typer, check_app: typer.Typer) -> None:
@@ -51,14 +52,14 @@ def frontier(
     imatrix: Annotated[
         str | None, typer.Option(help="For K- and I-quants: the text of an importance matrix, as of `export gguf`.")
     ] = None,
-    calibration: Calibration = "python-docstrings",
+    calibration: Calibration = DEFAULT_CALIBRATION,
     align: Align = "auto",
     window: Window = CompressionSettings.window,
     windows: Windows = CompressionSettings.max_windows,
     gradient_windows: GradientWindows = CompressionSettings.gradient_windows,
     correction_windows: CorrectionWindows = CompressionSettings.correction_windows,
     device: Device = "cpu",
-    text: Text = "python-reference",
+    text: Text = DEFAULT_SCORING,
     context: Annotated[int, typer.Option(help="Tokens per scored window.")] = 2048,
     test_windows: Annotated[int, typer.Option(help="Windows to score.")] = 10,
     prompt: Annotated[int, typer.Option(help="Tokens of the prefill test.")] = 512,

@@ -40,6 +40,7 @@ from sola_edge.journal import Journal
 from sola_edge.progress import track
 from sola_edge.runner import LayerRunner
 
+STATES = "*-{count}-*.bin"  # files between layers, of a run with gradients on so many windows
 FORMAT = 2  # of what statistics say: another number is another key, and another protocol of a comparison
 
 
@@ -67,8 +68,17 @@ def collect(
     journal = Journal(cache_folder("statistics") / statistics_key(checkpoint, calibration))
     with filelock.FileLock(journal.folder / ".lock"):
         journal.tidy()
+        for state in journal.folder.glob(STATES.format(count="*")):
+            if not state.match(STATES.format(count=gradient_windows)):  # of a killed run that asked for other gradients
+                journal.remove(state.name)
         if not (journal.has(FORWARD) and (not gradient_windows or journal.has(gradients_name(gradient_windows)))):
-            check_room(journal.folder, _room(checkpoint, calibration, gradient_windows) - size_of(journal.folder))
+            there = (
+                "forward-*",
+                backward_name(0, gradient_windows).replace("000", "*"),
+                STATES.format(count=gradient_windows),
+            )
+            present = sum(size_of(path) for pattern in there for path in journal.folder.glob(pattern))
+            check_room(journal.folder, _room(checkpoint, calibration, gradient_windows) - present)
             _Collector(checkpoint, calibration, gradient_windows, journal, device).run()
     return Statistics(journal, gradient_windows)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -394,6 +395,7 @@ def test_other_ggufs_are_refused(tmp_path: Path, architecture: str) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 64), dtype=np.float32))
     writer.add_block_count(1)
     writer.add_embedding_length(64)
     writer.add_head_count(4)

@@ -53,7 +53,9 @@ def server(model: Path, llama_cpp_build: Build, tmp_path: Path) -> Iterator[str]
     address, log = f"http://127.0.0.1:{port}", tmp_path / "server.log"
     with log.open("w") as stream, subprocess.Popen([*command, *EXACT], stdout=stream, stderr=stream) as process:
         try:
+            deadline = time.monotonic() + 300
             while not healthy(address):
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
                 assert process.poll() is None, log.read_text()[-3000:]
                 time.sleep(0.2)
             yield address

@@ -192,6 +192,19 @@ def test_gradients_of_fewer_windows_are_the_same_after_and_before_the_others(tmp
                 assert torch.equal(one.outputs[key], other.outputs[key])
 
 
+def test_what_a_killed_run_left_between_layers_goes_with_the_next(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(tiny_checkpoint(tmp_path / "dense", layers=4))
+    calibration = Calibration(token_windows(load_text(text), byte_tokenizer(), 64, 6), "t", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(collecting._Collector, "_backward", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            collect(source, calibration, 6)
+    found = collect(source, calibration, 3)
+    assert found.layer(0).outputs and not list(found.folder.glob("*.bin*"))
+
+
 def test_damaged_statistics_are_not_believed_and_made_again(tmp_path: Path, text: str) -> None:
     source = open_checkpoint(tiny_checkpoint(tmp_path / "dense", layers=4))
     calibration = Calibration(token_windows(load_text(text), byte_tokenizer(), 64, 4), "t", "0")

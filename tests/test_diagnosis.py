@@ -12,7 +12,7 @@ from layouts import MIXED, NARROW, checkpoint_with
 from exporters.onnx import Quantization, Text
 from exporters.onnx import export as export_onnx
 from runtime_checks.artefacts import open_artefact
-from runtime_checks.diagnosis.declared import compare_declared
+from runtime_checks.diagnosis.declared import compare_declared, marker
 from runtime_checks.diagnosis.difference import NOISE, difference, limits_of
 from runtime_checks.diagnosis.facts import theta_of
 from runtime_checks.diagnosis.gguf_weights import compare_gguf
@@ -76,6 +76,12 @@ def test_rounding_twice_is_no_difference_and_a_fault_in_blocks_is_one(kind: str)
     assert told(stored(whole.astype(np.float16).astype(np.float32)), kind, expected) is None
     assert told(np.float32(1.01) * expected, kind, expected) == "is 1.01 times the checkpoint's in all 96 rows"
     assert told(swapped(3, 7)(expected), kind, expected) == "rows 3 and 7 are each other's"
+    lost, louder = expected.copy(), expected.copy()
+    lost[7, 32:64] = 0  # a block
+    louder[9] *= np.float32(1.05)
+    for broken, row in ((lost, 7), (louder, 9)):
+        words = told(broken, kind, expected)
+        assert words is not None and words.endswith(f"in row {row}")
     assert difference(expected, whole, limits_of(kind, False)) is None  # the rounding itself
     assert np.linalg.norm(expected - whole) < 2 * NOISE[int(kind[1])] * np.linalg.norm(whole)
 
@@ -134,6 +140,35 @@ def test_a_file_is_no_finer_than_it_calls_itself(
     found = compare_declared(open_artefact(tmp_path / name))
     assert [finding.where for finding in found] == says
     assert all("coarser" in finding.detail and kind in finding.detail for finding in found)
+
+
+@pytest.mark.parametrize(("file_type", "rows"), [
+    (gguf.LlamaFileType.MOSTLY_IQ3_XXS, {"IQ3_XXS": 80, "IQ2_S": 20}),  # q and k, of a model without grouped heads
+    (gguf.LlamaFileType.MOSTLY_IQ2_S, {"IQ2_XS": 90, "IQ3_S": 10}),
+    (gguf.LlamaFileType.MOSTLY_IQ3_XS, {"IQ3_XXS": 60, "IQ3_S": 40}),
+])  # fmt: skip
+def test_a_mixture_may_hold_what_llama_quantize_puts_into_it(
+    tmp_path: Path, file_type: gguf.LlamaFileType, rows: dict[str, int]
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_file_type(file_type)
+    for kind, count in rows.items():
+        qtype = gguf.GGMLQuantizationType[kind]
+        shape = gguf.quant_shape_to_byte_shape((count, 256), qtype)
+        writer.add_tensor(f"{kind}.weight", np.zeros(shape, dtype=np.uint8), raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert not compare_declared(open_artefact(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("text", ["[1", "[1]", "3"])
+def test_a_damaged_note_of_the_exporter_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    assert marker(tmp_path) is None
+    (tmp_path / "sola-edge.json").write_text(text)
+    with pytest.raises(UserError, match="no JSON object"):
+        marker(tmp_path)
 
 
 # --- exported files --------------------------------------------------------------------------------------------------

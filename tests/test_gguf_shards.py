@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from exporters.gguf import export, parse_size, shards
 from exporters.llama_cpp import Build
 from runtime_checks.artefacts import open_artefact
+from runtime_checks.memory_model import shapes_of
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.cli import app
 from sola_edge.errors import UserError
@@ -30,6 +31,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense file in F32."""
     folder = tmp_path_factory.mktemp("shards")
     return export(tiny_checkpoint(folder / "dense"), folder / "dense.gguf", "f32").path
+
+
+def test_shapes_are_those_of_all_shards(dense: Path, split: Path) -> None:
+    assert shapes_of(open_artefact(split)) == shapes_of(open_artefact(dense))
 
 
 @pytest.fixture(scope="module")

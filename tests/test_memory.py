@@ -171,5 +171,7 @@ def test_bad_input_is_refused(onnx_folder: Path, tmp_path: Path) -> None:
         memory_curves([onnx_folder], [64], tolerance=0)
     with pytest.raises(UserError, match="nothing can be run"):
         memory_curves([onnx_folder], [64], runtimes=["llama.cpp"])
+    with pytest.raises(UserError, match="there is no runtime 'onnxruntme'"):
+        memory_curves([onnx_folder], [64], runtimes=["onnxruntime", "onnxruntme"])
     with pytest.raises(UserError, match="no such file"):
         memory_curves([tmp_path / "missing"], [64])

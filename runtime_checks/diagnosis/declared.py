@@ -4,17 +4,20 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import gguf
 
 from runtime_checks.artefacts import Artefact
 from runtime_checks.schema import Finding
+from sola_edge.errors import UserError
 from sola_edge.gguf_source import field, open_gguf, stored_tensors
 
 MARKER = "sola-edge.json"
 NAMED = re.compile(r"(?:^|[-._])((?:I?Q\d|BF16|F16|F32|TQ\d)[A-Z0-9_]*)\.gguf$", re.IGNORECASE)
 SHARE = 0.05  # of the weights that may be coarser: a mixture's own choice of single tensors
-TENSOR_TYPES = {"IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_XXS"}  # a mixture that is called as no type is
+# Mixtures that hold more of a coarser type than their name says, or are called as no type is: the coarsest of much of them.
+TENSOR_TYPES = {"IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S", "IQ3_XXS": "IQ2_S", "IQ3_XS": "IQ3_XXS", "IQ3_M": "IQ3_S"}
 
 
 def compare_declared(artefact: Artefact) -> list[Finding]:
@@ -72,9 +75,19 @@ def _bits(kind: str) -> float:
     return 8 * size / block - (kind == "BF16")
 
 
+def marker(folder: Path) -> dict[str, Any] | None:
+    """What our exporter noted beside a graph, None where it did not write the folder. Raises UserError for a damaged note."""
+    path = folder / MARKER
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is no JSON object ({error}); export the folder again") from error
+
+
 def _onnx(artefact: Artefact) -> list[Finding]:
-    marker = artefact.path / MARKER
-    declared = json.loads(marker.read_text()).get("precision") if marker.is_file() else None
+    declared = (marker(artefact.path) or {}).get("precision")
     if declared is None or artefact.precision.split("-")[0] == declared:
         return []
     detail = f"the folder calls itself {declared}, but most of its weights are {artefact.precision}"

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from runtime_checks.artefacts import Artefact
 from runtime_checks.schema import Finding
-from sola_edge.architecture import head_dim, kv_heads, rope_settings
+from sola_edge.architecture import head_dim, kv_heads, rope_settings, rotated_channels
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.gguf_source import field, open_gguf
 
@@ -91,7 +91,7 @@ def config_facts(config: Any) -> Facts:
         "query heads": config.num_attention_heads,
         "key/value heads": kv_heads(config),
         "head width": width,
-        "rotated channels": int(width * (getattr(config, "partial_rotary_factor", None) or 1)),
+        "rotated channels": rotated_channels(config),
         "norm epsilon": config.rms_norm_eps,
         THETA: theta,
         "context": config.max_position_embeddings,

@@ -1,11 +1,10 @@
 """Which model a file was made of, as compression notes it: a compressed model beside a dense one is no export to compare."""
 
-import json
 import math
 from typing import Any
 
 from runtime_checks.artefacts import Artefact
-from runtime_checks.diagnosis.declared import MARKER
+from runtime_checks.diagnosis.declared import marker
 from runtime_checks.schema import Finding
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.gguf_source import field, open_gguf
@@ -29,8 +28,7 @@ def _compression(artefact: Artefact) -> tuple[str, float]:
         reader = open_gguf(artefact.path)
         told: dict[str, Any] = {key: field(reader, f"sola.{key}") for key in ("method", "rate")}
     elif artefact.kind == "onnx":
-        marker = artefact.path / MARKER
-        told = json.loads(marker.read_text()) if marker.is_file() else {}
+        told = marker(artefact.path) or {}
     else:
         told = open_checkpoint(artefact.path).provenance
     return str(told.get("method") or ""), float(told.get("rate") or 0.0)

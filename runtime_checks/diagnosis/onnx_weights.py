@@ -4,7 +4,6 @@ Weights in blocks are decoded and compared with the matrix that they stand for. 
 them, (inputs, outputs): their rows are the matrix's columns.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from exporters.onnx.export import GRAPHS, MARKER, build
 from exporters.onnx.graph import FP32, MICROSOFT, GraphBuilder
 from exporters.onnx.precision import Weights
 from exporters.support import check_supported
+from runtime_checks.diagnosis.declared import marker
 from runtime_checks.diagnosis.difference import Matrix
 from runtime_checks.diagnosis.weights import Encoded, Stored, compare_weights, explanation, names_differ
 from runtime_checks.schema import Finding
@@ -48,13 +48,10 @@ def compare_onnx(folder: Path, checkpoint: Checkpoint) -> list[Finding]:
 
 
 def _marker(folder: Path) -> dict[str, Any]:
-    path = folder / MARKER
-    if not path.is_file():
+    found = marker(folder)
+    if found is None:
         raise UserError(f"{folder} was not written by sola-edge, so nobody here knows what its weights are called")
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON object ({error}); export the folder again") from error
+    return found
 
 
 def _recorded(folder: Path) -> Weights:

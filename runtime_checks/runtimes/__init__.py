@@ -18,9 +18,11 @@ and imports neither sola_edge nor another runtime (torch_ excepted: it needs sol
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from sola_edge.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,10 @@ def runtimes_for(kind: str, path: Path) -> list[RuntimeRow]:
     """The rows that run an artefact of this kind at this path, the plainest first."""
     rows = [row for row in RUNTIMES.values() if row.kind == kind]
     return [row for row in rows if row.needs_file is None or (path / row.needs_file).exists()]
+
+
+def check_runtimes(names: Iterable[str] | None) -> None:
+    """Raises UserError for a name that is no runtime's."""
+    for name in names or ():
+        if name not in RUNTIMES:
+            raise UserError(f"there is no runtime {name!r}; choose of: {', '.join(RUNTIMES)}")
