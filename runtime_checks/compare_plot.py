@@ -37,7 +37,7 @@ def draw_ratios(axes: Any, comparison: Comparison) -> None:
         errors = [_drawn_error(c.ratio) for c in cells if c.ratio]
         where = [c.achieved for c in cells]
         axes.errorbar(where, values, errors, color=colour, linestyle=style, marker="o", capsize=3, label=label)
-        _mark_collapsed(axes, cells, colour)
+        _mark_collapsed(axes, cells, colour, above=len(axes.texts))
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)
@@ -51,12 +51,13 @@ def _drawn_error(ratio: Estimate) -> float:
     return 0.0 if ratio.value > CEILING else ratio.standard_error or 0.0
 
 
-def _mark_collapsed(axes: Any, cells: list[Cell], colour: str) -> None:
+def _mark_collapsed(axes: Any, cells: list[Cell], colour: str, above: int) -> None:
+    """above: how many such figures stand there already; each has a line of its own."""
     for cell in cells:
         if cell.ratio and cell.ratio.value > CEILING:
             axes.plot([cell.achieved], [CEILING], marker="^", markersize=10, color=colour)
             text = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
-            axes.annotate(f"{cell.ratio.value:.2g}", (cell.achieved, CEILING), (9, 0), **text)
+            axes.annotate(f"{cell.ratio.value:.2g}", (cell.achieved, CEILING), (9, -10 * above), **text)
 
 
 def draw_predictions(axes: Any, comparison: Comparison, marked: Cell | None = None) -> None:
