@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from runtime_checks.compare_plot import draw_predictions
 from runtime_checks.compare_schema import Cell, Comparison
 from runtime_checks.explain_schema import PREMISE, Explanation, LayerFound
-from runtime_checks.plots import WIDTH, pyplot, svg_of
+from runtime_checks.plot import Plot, Rows, Value
+from runtime_checks.plots import WIDTH, Drawn, pyplot, svg_of
 from runtime_checks.summary import number
 from sola_edge.architecture import ATTENTION, COMPONENTS
 
 MOST_LABELLED = 48  # layers whose cells still have room for a number
 
 
-def plots(found: Explanation, comparison: Comparison | None = None, of: str = "") -> list[tuple[str, str]]:
-    """(title, svg) of every picture that there are data for; `of`: told apart from another model's on one page.
+def plots(found: Explanation, comparison: Comparison | None = None, of: str = "") -> list[Plot]:
+    """Every picture that there are data for; `of`: told apart from another model's on one page.
 
     Raises UserError without matplotlib.
     """
@@ -42,14 +43,14 @@ def plots(found: Explanation, comparison: Comparison | None = None, of: str = ""
         pictures.append(("Norm carried by the largest neurons, %", norm_curves(found, f"{of}norm-curves")))
     if comparison is not None:
         pictures.append(("Predicted and measured rise of the loss", predictions(found, comparison)))
-    return pictures
+    return [Plot(title, *drawn) for title, drawn in pictures]
 
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def ranks(layers: Sequence[LayerFound], name: str) -> str:
+def ranks(layers: Sequence[LayerFound], name: str) -> Drawn:
     """Of every matrix; a whole one has its full rank."""
     rows = [[row.matrices[c] for c in COMPONENTS] for row in layers]
     shares = [[100.0 if m.rank is None else 100 * m.rank / min(m.n_out, m.n_in) for m in row] for row in rows]
@@ -57,7 +58,7 @@ def ranks(layers: Sequence[LayerFound], name: str) -> str:
     return heat_map(layers, COMPONENTS, shares, name, 100.0, words)
 
 
-def neurons(layers: Sequence[LayerFound], name: str) -> str:
+def neurons(layers: Sequence[LayerFound], name: str) -> Drawn:
     """Kept and prime ones; in an FFN without a product all kept ones are whole."""
     shares = [[100 * n / row.neurons_dense for n in (row.neurons, row.prime)] for row in layers]
     return heat_map(layers, ("kept", "of them prime beside a product"), shares, name, 100.0)
@@ -70,7 +71,7 @@ def heat_map(
     name: str,
     top: float | None = None,
     words: list[list[str]] | None = None,
-) -> str:
+) -> Drawn:
     """Layers down, columns across; NaN stays empty. top: end of the scale, None: the largest value. words: None: the values."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + 0.19 * len(layers)))
@@ -89,10 +90,12 @@ def heat_map(
     axes.set_yticks(range(0, len(layers), step), [str(row.layer) for row in layers[::step]])
     axes.set_ylabel("decoder layer")
     figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
-    return svg_of(figure, name)
+    told: Rows = words or [[None if math.isnan(v) else v for v in row] for row in values]
+    rows: list[list[Value]] = [[row.layer, *cells] for row, cells in zip(layers, told, strict=True)]
+    return svg_of(figure, name), [["layer", *columns], *rows]
 
 
-def norm_curves(found: Explanation, name: str) -> str:
+def norm_curves(found: Explanation, name: str) -> Drawn:
     """One curve per layer, dark ones first; the cross is SoLA's premise."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
@@ -108,15 +111,19 @@ def norm_curves(found: Explanation, name: str) -> str:
     axes.set_ylabel("share of the norm, %")
     axes.set_xlim(0, 100)
     axes.set_ylim(0, 101)
-    return svg_of(figure, name)
+    rows = [
+        [row.layer, n, 100 * c] for row in found.layers for n, c in zip(neurons[1:-1], row.norms or [], strict=False)
+    ]
+    return svg_of(figure, name), [["layer", "largest neurons, %", "share of the norm they carry, %"], *rows]
 
 
-def predictions(found: Explanation, comparison: Comparison) -> str:
+def predictions(found: Explanation, comparison: Comparison) -> Drawn:
     """Every predicted cell of a comparison; this checkpoint's own is circled."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
     draw_predictions(axes, comparison, _own(found, comparison))
-    return svg_of(figure, "predictions")
+    rows = [[c.label, c.rate, rise, m.value, m.standard_error] for c, rise, m in comparison.predictions]
+    return svg_of(figure, "predictions"), [["method", "rate", "predicted, nats", "measured", "standard error"], *rows]
 
 
 def _own(found: Explanation, comparison: Comparison) -> Cell | None:

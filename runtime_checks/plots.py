@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime_checks.plot import Plot, Rows, Value
 from runtime_checks.schema import Report, Result
 from runtime_checks.summary import label, number
 from sola_edge.errors import UserError
@@ -19,10 +20,11 @@ PART_COLOURS = {"weights": "#1a9a86", "kv": "#c8772b", "compute": "#7a6fd0", "ou
 LINE_COLOURS = ("#1a9a86", "#c8772b", "#7a6fd0", "#b85c8e", "#4a90d9")
 STYLES = ("-", "--", ":", "-.")
 WIDTH = 4.6
+Drawn = tuple[str, Rows]  # an svg element and its data, see Plot
 
 
-def plots(report: Report) -> list[tuple[str, str]]:
-    """(title, svg) of every plot that the report has data for. Raises UserError without matplotlib."""
+def plots(report: Report) -> list[Plot]:
+    """Every plot that the report has data for. Raises UserError without matplotlib."""
     found = [
         ("File size, MB", bars(report, lambda r: (r.bytes / 1e6, 0, 0), "file-size")),
         ("Prefill, tokens/s (median, range)", bars(report, lambda r: _speed(r, "prefill"), "prefill")),
@@ -31,7 +33,7 @@ def plots(report: Report) -> list[tuple[str, str]]:
         ("Perplexity (± standard error)", bars(report, _perplexity, "perplexity")),
         ("Mean KL to the reference by window, nats", window_lines(report)),
     ]
-    return [(title, svg) for title, svg in found if svg]
+    return [Plot(title, *drawn) for title, drawn in found if drawn is not None]
 
 
 def pyplot() -> Any:
@@ -89,12 +91,12 @@ def _perplexity(result: Result) -> tuple[float, float, float] | None:
     return found.value, error, error
 
 
-def bars(report: Report, value: Any, name: str) -> str:
+def bars(report: Report, value: Any, name: str) -> Drawn | None:
     """Horizontal bars, one group per runtime and type, one bar per model; value gives (length, below, above)."""
     points = {(tick(r), r.model): value(r) for r in report.results}
     points = {key: found for key, found in points.items() if found is not None}
     if not points:
-        return ""
+        return None
     groups = list(dict.fromkeys(group for group, _ in points))
     models = list(dict.fromkeys(r.model for r in report.results))
     plt = pyplot()
@@ -123,7 +125,8 @@ def bars(report: Report, value: Any, name: str) -> str:
     axes.set_xlim(0, 1.24 * longest)
     axes.locator_params(axis="x", nbins=5)
     _legend(figure, axes, models)
-    return svg_of(figure, name)
+    rows = [[group.replace("\n", " "), model, v[0], v[0] - v[1], v[0] + v[2]] for (group, model), v in points.items()]
+    return svg_of(figure, name), [["runtime", "model", "value", "lowest", "highest"], *rows]
 
 
 def _legend(figure: Any, axes: Any, names: list[str]) -> None:
@@ -133,11 +136,11 @@ def _legend(figure: Any, axes: Any, names: list[str]) -> None:
         )
 
 
-def memory_bars(report: Report) -> str:
+def memory_bars(report: Report) -> Drawn | None:
     """Peak memory, stacked by what the runtime tells of it; 'rest' is the runtime itself, activations and copies."""
     measured = [r for r in report.results if r.memory is not None]
     if not measured:
-        return ""
+        return None
     plt = pyplot()
     models = list(dict.fromkeys(r.model for r in measured))
     groups = list(dict.fromkeys(tick(r) for r in measured))
@@ -162,14 +165,21 @@ def memory_bars(report: Report) -> str:
     handles = [plt.Rectangle((0, 0), 1, 1, color=PART_COLOURS.get(part, COLOURS[0])) for part in seen]
     place = {"loc": "lower left", "bbox_to_anchor": (-0.35, 1.0), "borderaxespad": 0.1}
     axes.legend(handles, list(seen), ncols=5, frameon=False, handlelength=0.8, columnspacing=0.9, fontsize=10, **place)
-    return svg_of(figure, "memory")
+    told = [
+        (r, part, size)
+        for r in measured
+        if r.memory
+        for part, size in (*r.memory.parts.items(), ("peak", r.memory.peak))
+    ]
+    rows: list[list[Value]] = [[label(r), r.model, part, size] for r, part, size in told]
+    return svg_of(figure, "memory"), [["runtime", "model", "part", "bytes"], *rows]
 
 
-def window_lines(report: Report) -> str:
+def window_lines(report: Report) -> Drawn | None:
     """Mean KL of every window, log scale, one line per compared artefact."""
     compared = [r for r in report.results if r.parity is not None and all(v is not None for v in r.parity.window_kl)]
     if not compared or len(compared[0].parity.window_kl) < 2:  # type: ignore[union-attr]
-        return ""
+        return None
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
     models = list(dict.fromkeys(r.model for r in compared))
@@ -187,4 +197,7 @@ def window_lines(report: Report) -> str:
     handles += [plt.Line2D([], [], color=INK, linestyle=STYLES[i % len(STYLES)]) for i, _ in enumerate(models)]
     place = {"loc": "upper center", "bbox_to_anchor": (0.42, -0.22)}
     axes.legend(handles, [*labels, *models], ncols=2, frameon=False, fontsize=9, **place)
-    return svg_of(figure, "window-kl")
+    rows: list[list[Value]] = [
+        [label(r), r.model, i, kl] for r in compared if r.parity for i, kl in enumerate(r.parity.window_kl, 1)
+    ]
+    return svg_of(figure, "window-kl"), [["runtime", "model", "window", "mean KL, nats"], *rows]

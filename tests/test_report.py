@@ -1,5 +1,7 @@
 """The report: its data survive a round trip, its page opens offline, its table and summary say what was measured."""
 
+import base64
+import csv
 import io
 import json
 import re
@@ -11,8 +13,10 @@ from rich.console import Console
 from runtime_checks import load_report, print_table, write_report
 from runtime_checks.checks import new_report
 from runtime_checks.costs import costs_of
+from runtime_checks.explain_plots import plots as explain_plots
 from runtime_checks.explain_schema import Explanation, LayerFound, Matrix, NormShare
 from runtime_checks.parity import tolerance_for
+from runtime_checks.plots import plots
 from runtime_checks.report import html, write_json
 from runtime_checks.schema import (
     Generation,
@@ -27,7 +31,7 @@ from runtime_checks.schema import (
     Speed,
     Throughput,
 )
-from runtime_checks.summary import cards, continuations, number, verdict, warnings
+from runtime_checks.summary import cards, continuations, label, number, verdict, warnings
 from sola_edge.errors import UserError
 
 PARAMETERS = {"dense": 134_515_008, "compressed": 107_612_006}
@@ -237,3 +241,25 @@ def test_a_busy_machine_is_told() -> None:
     busy = first.model_copy(update={"throughput": first.throughput.model_copy(update={"others_busy": 0.6})})
     report = report.model_copy(update={"results": [busy]})
     assert "60%" in warnings(report)[0] and warnings(report)[0] in html(report)
+
+
+def test_every_picture_has_its_data_as_csv() -> None:
+    report = sample_report(layers=4)
+    drawn = plots(report)
+    told = {plot.title: list(csv.reader(io.StringIO(plot.csv))) for plot in drawn}
+    assert len(told) == 6
+    heads, *rows = told["Prefill, tokens/s (median, range)"]
+    assert heads == ["runtime", "model", "value", "lowest", "highest"]
+    speeds = {(label(r), r.model): r.throughput.prefill for r in report.results if r.throughput}
+    for runtime, model, *figures in rows:
+        speed = speeds[runtime, model]
+        assert [float(v) for v in figures] == pytest.approx([speed.median, speed.minimum, speed.maximum])
+    peaks = {tuple(row[:2]): int(row[3]) for row in told["Peak memory, MB"][1:] if row[2] == "peak"}
+    assert peaks == {(label(r), r.model): r.memory.peak for r in report.results if r.memory}
+    explained = report.models[1].explained
+    assert explained is not None
+    ranks = next(p for p in explain_plots(explained) if p.title.startswith("Ranks"))
+    assert ranks.rows[1] == [0, *((m.rank and str(m.rank)) or "whole" for m in explained.layers[0].matrices.values())]
+    page = html(report)
+    links = re.findall(r'<a download="([^"]+\.csv)" href="data:text/csv;charset=utf-8;base64,([^"]+)">', page)
+    assert len(links) == page.count("<svg") and base64.b64decode(links[0][1]).decode() == drawn[0].csv
