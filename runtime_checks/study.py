@@ -22,7 +22,6 @@ from sola_edge.errors import UserError
 from sola_edge.files import check_folder_target
 from sola_edge.methods import method_named
 from sola_edge.texts import DEFAULT_CALIBRATION, load_text
-from sola_edge.view import ModelView
 
 COMPUTING = ("sola-edge", "torch", "transformers", "numpy")  # packages whose version compressed weights depend on
 
@@ -66,8 +65,7 @@ def check_place(out: Path, marker: str) -> None:
 def checked_settings(source: Checkpoint, label: str, rate: float, common: Common) -> CompressionSettings:
     """Of a label at a rate. Raises UserError where the model cannot be compressed so."""
     settings = settings_of(label, common.settings(rate))
-    check_source(source, settings)
-    method_named(settings.method).check(ModelView(source, settings))
+    check_source(source, settings, method_named(settings.method))
     return settings
 
 

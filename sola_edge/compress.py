@@ -77,9 +77,7 @@ def compress(source: str | Path, target: Path, settings: CompressionSettings, ca
 def prepare(checkpoint: Checkpoint, settings: CompressionSettings, calibration: str) -> "Compression":
     """Statistics, analysis and plan of a compression; nothing is written but the cache. Raises UserError."""
     method = method_named(settings.method)
-    check_source(checkpoint, settings)
-    model = ModelView(checkpoint, settings)
-    method.check(model)
+    model = check_source(checkpoint, settings, method)
     text = load_text(calibration)
     windows = read_calibration(text, checkpoint.tokenizer(), settings.window, settings.max_windows)
     statistics = collect(checkpoint, windows, method.gradient_windows(settings), settings.device)
@@ -87,20 +85,22 @@ def prepare(checkpoint: Checkpoint, settings: CompressionSettings, calibration: 
     return Compression(model, method, windows, statistics, analyses, method.plan(model, analyses))
 
 
-def check_source(checkpoint: Checkpoint, settings: CompressionSettings) -> None:
-    """Refuse a model that is compressed already, windows beyond its context, and a device that is not here.
-
-    Raises UserError.
+def check_source(checkpoint: Checkpoint, settings: CompressionSettings, method: Method) -> ModelView:
+    """Refuse what cannot be compressed so: a compressed model, a device that is not here, windows beyond the model's context, and
+    what the method refuses. Raises UserError.
     """
     if checkpoint.layout:
         raise UserError(f"{checkpoint.path} is compressed already; give the dense model")
+    if settings.device != "cpu" and not (settings.device == "cuda" and torch.cuda.is_available()):
+        raise UserError(f"device {settings.device!r} is not available here; use cpu")
+    model = ModelView(checkpoint, settings)
+    method.check(model)
     context = getattr(checkpoint.config, "max_position_embeddings", None)
     if context is not None and settings.window > context:
         raise UserError(
             f"window {settings.window} is more than the {context} tokens that {checkpoint.path} takes; give fewer"
         )
-    if settings.device != "cpu" and not (settings.device == "cuda" and torch.cuda.is_available()):
-        raise UserError(f"device {settings.device!r} is not available here; use cpu")
+    return model
 
 
 def _analyses(model: ModelView, method: Method, statistics: Statistics) -> list[Analysis]:
