@@ -86,8 +86,9 @@ def prepare(checkpoint: Checkpoint, settings: CompressionSettings, calibration: 
 
 
 def check_source(checkpoint: Checkpoint, settings: CompressionSettings, method: Method) -> ModelView:
-    """Refuse what cannot be compressed so: a compressed model, a device that is not here, what the method refuses, windows beyond
-    the model's context. Raises UserError.
+    """Refuse a compressed model, a device that is not here, what the method refuses, and windows beyond the model's context.
+
+    Raises UserError.
     """
     if checkpoint.layout:
         raise UserError(f"{checkpoint.path} is compressed already; give the dense model")
