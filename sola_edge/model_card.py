@@ -153,10 +153,11 @@ def _derived(name: str, words: str) -> str:
 
 def _command(source: str, settings: CompressionSettings, text: str) -> str:
     words = ["sola-edge", "compress", source, "OUT", "--rate", f"{settings.rate:g}", "--calibration", text]
-    for setting in fields(settings):
-        value = getattr(settings, setting.name)
-        if setting.name in OPTIONS and value != setting.default and value is not None:
-            words += [f"--{OPTIONS[setting.name]}", str(value)]
+    usual = {row.name: row.default for row in fields(settings)} | {"gradient_windows": settings.max_windows}
+    for name, option in OPTIONS.items():
+        value = getattr(settings, name)
+        if value not in (None, usual[name]):
+            words += [f"--{option}", str(value)]
     return shlex.join(words)
 
 
