@@ -276,7 +276,18 @@ def test_bad_input_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr(module, "measure", None)
     texts = ["--text", str(folder / "test.txt"), "--calibration", str(folder / "calibration.txt"), "--context", "48"]
-    asked = ["--types", "fp32", "--runtimes", "onnxruntime", "--test-windows", "4", *texts, *arguments]
+    asked = [
+        "--window",
+        "64",
+        "--types",
+        "fp32",
+        "--runtimes",
+        "onnxruntime",
+        "--test-windows",
+        "4",
+        *texts,
+        *arguments,
+    ]
     done = CliRunner().invoke(app, ["check", "frontier", str(folder / "dense"), str(tmp_path / "out"), *asked])
     assert isinstance(done.exception, UserError) and message in str(done.exception)
     assert not (tmp_path / "out").exists()
@@ -321,7 +332,7 @@ def resumed(
         return real(path, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("calibration", "compress"):
+        for name in ("collect", "compress"):
             patch.setattr(
                 f"sola_edge.{name}.cache_folder", lambda kind: tmp_path_factory.getbasetemp() / "cache" / kind
             )
