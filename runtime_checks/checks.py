@@ -9,8 +9,6 @@ All return a `Report`; `.passed` says whether everything measured is within tole
 (crash, wrong shapes) is a failed result with its reason; a mistake in the arguments is a UserError.
 """
 
-import datetime
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 from runtime_checks.artefacts import open_artefact
 from runtime_checks.costs import costs_of
 from runtime_checks.diagnosis.examine import Examiner
-from runtime_checks.machine import checked_threads, machine, packages
+from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol, read_text
 from runtime_checks.reference import Reference
@@ -51,13 +49,7 @@ def subjects_of(model: str, path: Path, skipped: list[Skipped], every_runtime: b
 
 def new_report(threads: int, **fields: Any) -> Report:
     """A report with its provenance filled in."""
-    return Report(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
-        machine=machine(threads),
-        packages=packages(),
-        **fields,
-    )
+    return Report(**run_record(threads), packages=packages(), **fields)
 
 
 def check_parity(

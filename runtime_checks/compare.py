@@ -4,9 +4,7 @@ Everything is checked before anything is computed. The result is written after e
 comparison goes on where it was.
 """
 
-import datetime
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,10 +20,10 @@ from runtime_checks.compare_schema import (
     read_comparison,
     write_comparison,
 )
-from runtime_checks.machine import checked_threads, machine
+from runtime_checks.machine import checked_threads, run_record
 from runtime_checks.protocol import make_protocol
 from runtime_checks.schema import Perplexity
-from runtime_checks.study import Common, check_place, checked_settings, refuse_other, study_protocol
+from runtime_checks.study import Common, begun, check_place, checked_settings, study_protocol
 from runtime_checks.study_schema import StudyProtocol
 from runtime_checks.task_files import read_tasks
 from runtime_checks.task_schema import TaskFile
@@ -37,7 +35,6 @@ from sola_edge.progress import console
 from sola_edge.texts import DEFAULT_SCORING, load_text
 
 CHECKPOINTS = "checkpoints"
-HEADER = ("created", "command", "machine")  # of a Comparison
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def compare(
     jobs = _jobs(source, out, labels, rates, common)
     protocol, ruler = _protocol(Path(model).resolve().name, source, common, scoring)
     run = _Run(source, out, common, ruler, keep)
-    run.begin(_resumed(out, protocol), protocol, jobs)
+    run.begin(begun(out / COMPARISON, read_comparison, protocol, "comparison", "give another folder"), protocol, jobs)
     try:
         run.all(jobs)
     finally:
@@ -111,16 +108,6 @@ def _protocol(name: str, source: Checkpoint, common: Common, scoring: Scoring) -
     return protocol, Ruler(text, scoring.context, scoring.windows, threads, scored.ids_sha256, tasks)
 
 
-def _resumed(out: Path, protocol: StudyProtocol) -> Comparison | None:
-    """The comparison that the folder holds. Raises UserError when it was made under another protocol."""
-    path = out / COMPARISON
-    if not path.exists():
-        return None
-    known = read_comparison(path)
-    refuse_other(path, known.protocol, protocol, "comparison", "give another folder")
-    return known
-
-
 def _asked(files: Sequence[TaskFile]) -> set[tuple[str, str, int]]:
     """What was asked, wherever the files are and in whichever order."""
     return {(file.name, file.sha256, file.questions) for file in files}
@@ -145,7 +132,7 @@ class _Run:
         if known and files and known.task_files and _asked(known.task_files) != _asked(files):
             raise UserError(f"{self.out} holds a comparison on other tasks or questions; give another folder")
         self.found = Comparison(
-            **(self._header() if known is None else {name: getattr(known, name) for name in HEADER}),
+            **(self._record if known is None else {name: getattr(known, name) for name in self._record}),
             protocol=protocol,
             dense=known.dense if known else None,
             cells=_ordered(known.cells if known else [], jobs),
@@ -154,14 +141,12 @@ class _Run:
         )
         write_comparison(self.found, self.out / COMPARISON)
 
-    def _header(self) -> dict[str, Any]:
-        """Who measures, when and where: the values of `HEADER`."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-        return dict(zip(HEADER, (now, command, machine(self.ruler.threads)), strict=True))
+    @property
+    def _record(self) -> dict[str, Any]:
+        return run_record(self.ruler.threads)
 
     def _add(self, **figures: Any) -> None:
-        self.found = self.found.model_copy(update={**figures, **self._header()})
+        self.found = self.found.model_copy(update={**figures, **self._record})
         write_comparison(self.found, self.out / COMPARISON)
 
     def all(self, jobs: Sequence[Job]) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from runtime_checks.compare_schema import Comparison
 from runtime_checks.frontier_schema import Frontier
+from runtime_checks.memory_curve import MemoryReport
 from runtime_checks.schema import Report
 from runtime_checks.task_schema import TaskReport
 
@@ -18,6 +19,7 @@ FILES: dict[str, tuple[type[BaseModel], str]] = {
     "report.json": (Report, "`check parity`, `perplexity`, `bench` (with `--output`), `demo`, `report`"),
     "compare.json": (Comparison, "`compare`"),
     "frontier.json": (Frontier, "`check frontier`"),
+    "memory.json": (MemoryReport, "`check memory` (with `--output`)"),
     "tasks.json": (TaskReport, "`check tasks` (with `--output`)"),
 }
 HEAD = """\

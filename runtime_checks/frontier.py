@@ -4,10 +4,7 @@ Everything is checked before anything is computed. The result is written after e
 the current one; a checkpoint that is already compressed is used again.
 """
 
-import datetime
 import itertools
-import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +26,15 @@ from runtime_checks.frontier_schema import (
     read_frontier,
     write_frontier,
 )
-from runtime_checks.machine import machine
+from runtime_checks.machine import run_record
 from runtime_checks.memory_model import growth
 from runtime_checks.runtimes import RUNTIMES
-from runtime_checks.study import Common, check_place, refuse_other
+from runtime_checks.study import Common, begun, check_place
 from runtime_checks.study_schema import Status, StudyProtocol
 from sola_edge.checkpoint import Checkpoint, open_checkpoint
 from sola_edge.compress import prepare
 from sola_edge.errors import NotFinite, Unreachable, UserError
+from sola_edge.files import remove
 from sola_edge.progress import console
 
 ARTEFACTS = "artefacts"
@@ -77,21 +75,13 @@ def frontier(
     grid = Grid(source, asked, common)
     protocol, gauge = protocol_of(model_name(model), source, asked, common, scale)
     run = _Run(source, out, asked, common, gauge, keep)
-    run.begin(None if fresh else _resumed(out, protocol), protocol, grid)
+    instead = "give another folder, or --fresh to measure all anew"
+    earlier = None if fresh else begun(out / FRONTIER, read_frontier, protocol, "frontier", instead)
+    run.begin(earlier, protocol, grid)
     run.all(grid)
     write_tables(run.found, out)
     write_plot(run.found, out / "frontier.png")
     return run.found
-
-
-def _resumed(out: Path, protocol: StudyProtocol) -> Frontier | None:
-    """The frontier that the folder holds. Raises UserError when it was made under another protocol."""
-    path = out / FRONTIER
-    if not path.exists():
-        return None
-    found = read_frontier(path)
-    refuse_other(path, found.protocol, protocol, "frontier", "give another folder, or --fresh to measure all anew")
-    return found
 
 
 class _Run:
@@ -106,18 +96,20 @@ class _Run:
 
     def begin(self, earlier: Frontier | None, protocol: StudyProtocol, grid: Grid) -> None:
         """What is known goes on; files that were left are of the same protocol then, and of none otherwise."""
-        if earlier is None and self.folder.exists():
-            shutil.rmtree(self.folder)
+        if earlier is None:
+            remove(self.folder)
         self._save(
             Frontier(
-                created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                command=[Path(sys.argv[0]).name, *sys.argv[1:]],
-                machine=machine(self.gauge.threads),
+                **(self._record if earlier is None else {name: getattr(earlier, name) for name in self._record}),
                 protocol=protocol,
                 reference=earlier.reference if earlier and earlier.cells else grid.baselines[0],
                 cells=earlier.cells if earlier else [],
             )
         )
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        return run_record(self.gauge.threads)
 
     def _save(self, found: Frontier) -> None:
         self.found = found
@@ -136,11 +128,11 @@ class _Run:
                 console.print(f"{done} of {len(todo)}: {setting}", markup=False, highlight=False)
                 self._add(self._cell(setting, grid, model), grid)
                 if not self.keep and self._last_of_its_file(setting, settings):
-                    _remove(self._file(setting))
+                    remove(self._file(setting))
             if not self.keep:
-                _remove(folder)
+                remove(folder)
         if todo and not self.keep:
-            _remove(self.folder)
+            remove(self.folder)
 
     def _last_of_its_file(self, setting: Setting, settings: Sequence[Setting]) -> bool:
         """Baselines stay to the end, the others until their last runtime is done."""
@@ -213,11 +205,4 @@ class _Run:
             rise = paired_rise(reference.perplexity, cell.perplexity)
             cell = cell.model_copy(update={"rise": rise, "ratio": exponential(rise)})
         others = [c for c in self.found.cells if c.setting != cell.setting]
-        self._save(self.found.model_copy(update={"cells": ordered([*others, cell], grid.settings)}))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        self._save(self.found.model_copy(update={"cells": ordered([*others, cell], grid.settings), **self._record}))

@@ -101,7 +101,7 @@ class Frontier(Frozen):
     """Models × types × runtimes of one model. reference: what perplexities are divided by."""
 
     schema_version: Literal[1] = 1
-    created: str  # UTC, ISO 8601; this and the next two are of the run that last added to it
+    created: str  # UTC, ISO 8601; this and the next two are of the run that last added a figure
     command: list[str]
     machine: Machine
     protocol: StudyProtocol

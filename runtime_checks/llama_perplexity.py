@@ -11,7 +11,6 @@ most) costs some 1e-9 nats.
 import hashlib
 import math
 import re
-import subprocess
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,6 +22,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from exporters.llama_cpp import find
+from exporters.llama_cpp.tools import run_tool
 from runtime_checks.checks import reference_logits, reference_subject, subjects_of
 from runtime_checks.frozen import Frozen
 from runtime_checks.machine import checked_threads
@@ -35,13 +35,11 @@ from sola_edge.checkpoint import load_tokenizer
 from sola_edge.errors import UserError
 from sola_edge.progress import status
 
+OTHER_VOCABULARY = "inconsistent vocabulary"  # what the tool says of a base file of another model
 MAGIC = b"_logits_"
 REACH = 16.0  # nats below the most likely token that a base file tells apart
 STEPS = 65535
 LEAST = 100  # scored tokens, or it prints no figures
-TRIES = (
-    10  # of a run that ends well without its last lines: it does not wait for what it prints (ggml-org/llama.cpp#22142)
-)
 SHORT = 32  # tokens of a context that nothing is computed in
 NUMBER = r"(-?[\d.]+(?:e-?\d+)?|-?nan|-?inf)"
 FIGURES = {
@@ -184,15 +182,9 @@ def _judge(tool: Path, model: Path, base: Path, context: int, threads: int) -> J
     command = [str(tool), "-m", str(model), "--kl-divergence", "--kl-divergence-base", str(base), "-c", str(context)]
     command += ["-b", str(context), "-t", str(threads), "-ngl", "0", *_options(model)]
     with status(f"llama-perplexity on {model.name}"):
-        for _ in range(TRIES):
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-            told = done.stdout + done.stderr
-            found = {
-                name: match[match.lastindex or 1] for name, line in FIGURES.items() if (match := re.search(line, told))
-            }
-            if done.returncode or len(found) == len(FIGURES) or "inconsistent vocabulary" in told:
-                break
-    if "inconsistent vocabulary" in told:
+        done, told = run_tool(command, lambda told: len(_figures(told)) == len(FIGURES) or OTHER_VOCABULARY in told)
+    found = _figures(told)
+    if OTHER_VOCABULARY in told:
         raise UserError(f"{model} has another vocabulary than the reference; it is no file of that model")
     if done.returncode or len(found) < len(FIGURES):
         lines = [line for line in told.splitlines() if "error" in line.lower() or "failed" in line.lower()]
@@ -201,3 +193,8 @@ def _judge(tool: Path, model: Path, base: Path, context: int, threads: int) -> J
     if not all(map(math.isfinite, values.values())):
         raise UserError(f"llama-perplexity finds no finite figures for {model}: {values}; its weights are damaged")
     return Judgement(artefact=str(model), **{**values, "top1": values["top1"] / 100})
+
+
+def _figures(told: str) -> dict[str, str]:
+    """Those of `FIGURES` that stand in the tool's output."""
+    return {name: match[match.lastindex or 1] for name, line in FIGURES.items() if (match := re.search(line, told))}

@@ -1,11 +1,13 @@
 """Where figures were measured: processor, cores, memory, versions."""
 
+import datetime
 import hashlib
 import importlib.metadata
 import json
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -72,6 +74,15 @@ def machine(threads: int) -> Machine:
         memory=psutil.virtual_memory().total,
         python=sys.version.split()[0],
     )
+
+
+def run_record(threads: int) -> dict[str, Any]:
+    """Who measures, when and where: `created` (UTC, ISO 8601), `command` and `machine` of a result on disk."""
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "machine": machine(threads),
+    }
 
 
 def packages() -> dict[str, str]:

@@ -4,8 +4,6 @@ For every length a fresh process loads the model for that context, takes a promp
 those. Its peak is read twice: by the process itself, and by the system when it has ended.
 """
 
-import datetime
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,7 +11,7 @@ from typing import Literal
 from runtime_checks.artefacts import open_artefact
 from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, WARM_UP, subjects_of
 from runtime_checks.frozen import Frozen
-from runtime_checks.machine import checked_threads, machine, packages
+from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.memory_model import Shapes, expected_memory, shapes_of
 from runtime_checks.process import CheckError, Child
 from runtime_checks.runtimes import check_runtimes
@@ -104,9 +102,7 @@ def memory_curves(
             f"nothing can be run: {skipped[-1].reason if skipped else 'no runtime that was named takes it'}"
         )
     return MemoryReport(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
-        machine=machine(threads),
+        **run_record(threads),
         packages=packages(),
         tolerance=tolerance,
         curves=[_curve(s, shapes[s.artefact.path], contexts, threads, tolerance) for s in subjects],

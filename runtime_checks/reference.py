@@ -1,6 +1,5 @@
 """Logits of a reference on every window of a protocol, kept on disk as raw float32, one file per window."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from runtime_checks.generation import Continuation
 from runtime_checks.metrics import Comparison, Floats, compare_window, window_nll
 from runtime_checks.process import CheckError, Child
 from runtime_checks.protocol import Protocol
-from sola_edge.errors import UserError
+from sola_edge.files import check_room
 from sola_edge.progress import track
 
 
@@ -44,12 +43,11 @@ def vocabulary(child: Child, scratch: Path) -> int:
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises UserError if a folder's disk has not that many bytes (and a tenth more) to spare."""
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.1:
-        raise UserError(
-            f"the logits need {needed / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB left; "
-            "give fewer or shorter windows, or point TMPDIR at a larger disk"
-        )
+    complaint = (
+        f"the logits need {needed / 1e9:.1f} GB in {folder}, which has {{free:.1f}} GB left; "
+        "give fewer or shorter windows, or point TMPDIR at a larger disk"
+    )
+    check_room(folder, needed * 1.1, complaint)
 
 
 def write_reference(child: Child, protocol: Protocol, scratch: Path, name: str, description: str) -> Reference:

@@ -4,10 +4,11 @@ A study is a folder that holds a table of cells (methods × rates, and more), wr
 """
 
 import importlib.util
-from collections.abc import Iterable
+import typing
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from runtime_checks.compare_labels import settings_of
 from runtime_checks.machine import packages
@@ -98,8 +99,22 @@ def study_protocol(
     )
 
 
-def refuse_other(path: Path, known: StudyProtocol, now: StudyProtocol, what: str, instead: str) -> None:
-    """Raises UserError when what was begun there was made under another protocol."""
-    difference = known.difference(now)
+class Study(typing.Protocol):
+    """What a study's file holds, as far as going on with it needs it."""
+
+    @property
+    def protocol(self) -> StudyProtocol: ...
+
+
+Begun = TypeVar("Begun", bound=Study)
+
+
+def begun(path: Path, read: Callable[[Path], Begun], protocol: StudyProtocol, what: str, instead: str) -> Begun | None:
+    """The study that the file holds, None where there is no file yet. Raises UserError when it is of another protocol."""
+    if not path.exists():
+        return None
+    known = read(path)
+    difference = known.protocol.difference(protocol)
     if difference:
         raise UserError(f"{path} is a {what} under another protocol ({difference}); {instead}")
+    return known

@@ -327,9 +327,8 @@ def _gguf_config(path: Path) -> PretrainedConfig:
     reader = open_gguf(path)  # transformers reports damage with a traceback of its own, so meet it first
     names = {tensor.name for tensor in stored_tensors(path)}
     layers = field(reader, f"{field(reader, 'general.architecture')}.block_count")
-    if not isinstance(layers, int) or layers > len(
-        names
-    ):  # a damaged number of layers would be counted through for ever
+    if not isinstance(layers, int) or layers > len(names):
+        # a damaged number of layers would be counted through for ever
         raise UserError(f"{path} is no model: it has {len(names)} tensors for {layers} layers; fetch it again")
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)

@@ -41,6 +41,10 @@ from sola_edge.progress import track
 from sola_edge.runner import LayerRunner
 
 STATES = "*-{count}-*.bin"  # files between layers, of a run with gradients on so many windows
+ROOM = (
+    "{folder} needs {{needed:.3g}} GB and its disk has {{free:.3g}} GB left; use fewer windows, or set SOLA_EDGE_CACHE to a "
+    "folder on a larger disk"
+)
 FORMAT = 2  # of what statistics say: another number is another key, and another protocol of a comparison
 
 
@@ -72,13 +76,10 @@ def collect(
             if not state.match(STATES.format(count=gradient_windows)):  # of a killed run that asked for other gradients
                 journal.remove(state.name)
         if not (journal.has(FORWARD) and (not gradient_windows or journal.has(gradients_name(gradient_windows)))):
-            there = (
-                "forward-*",
-                backward_name(0, gradient_windows).replace("000", "*"),
-                STATES.format(count=gradient_windows),
+            needed = _room(checkpoint, calibration, gradient_windows) - _present(
+                journal, checkpoint.layers, gradient_windows
             )
-            present = sum(size_of(path) for pattern in there for path in journal.folder.glob(pattern))
-            check_room(journal.folder, _room(checkpoint, calibration, gradient_windows) - present)
+            check_room(journal.folder, needed, ROOM.format(folder=journal.folder))
             _Collector(checkpoint, calibration, gradient_windows, journal, device).run()
     return Statistics(journal, gradient_windows)
 
@@ -92,6 +93,13 @@ def _room(checkpoint: Checkpoint, calibration: Calibration, gradient_windows: in
     if gradient_windows:
         grams += sum(n_out**2 + gradient_windows * calibration.windows.shape[1] for n_out, _ in shapes.values())
     return 4 * layers * grams + between
+
+
+def _present(journal: Journal, layers: int, gradient_windows: int) -> int:
+    """Bytes that are on disk already of what `_room` counts."""
+    names = [name for i in range(layers) for name in (forward_name(i), backward_name(i, gradient_windows))]
+    files = [path for name in names if (path := journal.path(name)).exists()]
+    return sum(map(size_of, [*files, *journal.folder.glob(STATES.format(count=gradient_windows))]))
 
 
 class _Collector:

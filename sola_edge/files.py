@@ -42,7 +42,8 @@ def _placing(target: Path) -> Iterator[None]:
         raise UserError(f"cannot write {target}: {error.strerror}; choose another output") from error
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -83,7 +84,7 @@ def replace_file(target: Path) -> Iterator[Path]:
         yield partial
         partial.replace(target)
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 @contextlib.contextmanager
@@ -95,7 +96,7 @@ def folder_beside(target: Path) -> Iterator[Path]:
     try:
         yield partial
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 @contextlib.contextmanager
@@ -134,18 +135,15 @@ def replace_folder(target: Path) -> Iterator[Path]:
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
-        _remove(partial)
-        _remove(old)
+        remove(partial)
+        remove(old)
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raises UserError where the folder's disk has less than so many bytes left."""
+def check_room(folder: Path, needed: float, complaint: str) -> None:
+    """Raises UserError where the folder's disk has less than so many bytes left; complaint: with {needed} and {free}, in GB."""
     free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder} needs {needed / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB left; use fewer windows, or set "
-            "SOLA_EDGE_CACHE to a folder on a larger disk"
-        )
+    if free < needed:
+        raise UserError(complaint.format(needed=needed / 1e9, free=free / 1e9))
 
 
 def sha256_file(path: Path) -> str:

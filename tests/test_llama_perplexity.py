@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ from typer.testing import CliRunner
 
 from exporters.gguf import export
 from exporters.llama_cpp import Build
+from exporters.llama_cpp.tools import run_tool
 from runtime_checks import check_parity, llama_perplexity
-from runtime_checks.llama_perplexity import TRIES, judge_by_llama_perplexity, packed
+from runtime_checks.llama_perplexity import judge_by_llama_perplexity, packed
 from sola_edge.cli import app
 from sola_edge.errors import UserError
 from sola_edge.testing import tiny_checkpoint
@@ -96,11 +96,12 @@ def by_the_tool(build: Build, model: Path, text: Path, context: int, windows: in
     """What llama-perplexity finds by itself: its own ids of the text, its own windows."""
     sizes = ["-c", str(context), "-b", str(context), "--chunks", str(windows), "-t", "1", "-ngl", "0"]
     command = [str(build.tool("llama-perplexity")), "-m", str(model), "-f", str(text), *sizes, *options]
-    for _ in range(TRIES):
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
-        found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
-        if found is not None:
-            return float(found[1])
+    figure = re.compile(r"Final estimate: PPL = ([\d.]+)")
+    done, told = run_tool(command, lambda told: figure.search(told) is not None)
+    done.check_returncode()
+    found = figure.search(told)
+    if found is not None:
+        return float(found[1])
     pytest.fail(f"no figure: {done.stderr[-500:]}")
 
 

@@ -4,13 +4,13 @@ The importance of an input channel is its mean square over a text (llama-imatrix
 """
 
 import re
-import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.llama_cpp import Build, find
+from exporters.llama_cpp.tools import run_tool
 from sola_edge.cores import usable_cores
 from sola_edge.errors import UserError
 from sola_edge.progress import status
@@ -27,7 +27,6 @@ BLOCKS = {
 PLANNED = re.compile(r"\] (\S+) +- \[ *(\d+)[^]]*\], type = +\w+, size = [^(\n]*MiB -> [^(\n]*MiB \((\w+)\)")
 """A line of llama-quantize's: the tensor's name, the length of its rows, and the type that it is rounded to."""
 COUNTED = re.compile(r"^\[ *(\d+)/ *(\d+)\] ", re.MULTILINE)  # the number that each tensor's line begins with
-TRIES = 10  # on a busy machine llama.cpp's tools lose lines at their end now and then (ggml-org/llama.cpp#22142)
 WINDOW = 512  # tokens, llama-imatrix's own
 CHARACTERS = 16  # of a token, at most on average: more of a text is not handed over
 
@@ -61,13 +60,17 @@ def types_of(build: Build, model: Path, type: str, matrix: Path | None) -> dict[
     Without those whose rows are no whole blocks, for which it chooses what fits them. matrix: the importance matrix.
     """
     command = [str(build.tool("llama-quantize")), "--dry-run", *_weighed(matrix), str(model), type.upper()]
-    for _ in range(TRIES):
-        told = _run(command, "llama-quantize does not plan")
-        lines = {(int(number), int(count)) for number, count in COUNTED.findall(told)}
-        if lines and len(lines) == max(count for _, count in lines):
-            found = PLANNED.findall(told)
-            return {name: kind for name, columns, kind in found if int(columns) % BLOCKS[type] == 0}
-    raise UserError(f"llama-quantize told only {len(lines)} tensors of {model}; close other programs and try again")
+    told = _run(command, "llama-quantize does not plan", lambda told: not _cut_short(told))
+    if complaint := _cut_short(told):
+        raise UserError(f"llama-quantize told only {complaint} tensors of {model}; close other programs and try again")
+    return {name: kind for name, columns, kind in PLANNED.findall(told) if int(columns) % BLOCKS[type] == 0}
+
+
+def _cut_short(told: str) -> str:
+    """`n of m` where only n of m tensors have a line, which begins with its number and m; "" where all have theirs."""
+    lines = {(int(number), int(count)) for number, count in COUNTED.findall(told)}
+    count = max((count for _, count in lines), default=1)
+    return f"{len(lines)} of {count}" if len(lines) < count else ""
 
 
 def _weighed(matrix: Path | None) -> list[str]:
@@ -105,11 +108,11 @@ def importance_matrix(build: Build, model: Path, folder: Path, importance: Impor
     return found
 
 
-def _run(command: Sequence[str], what: str) -> str:
-    """What the tool told. Raises UserError with its complaint."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+def _run(command: Sequence[str], what: str, whole: Callable[[str], bool] = lambda _: True) -> str:
+    """What the tool told, see `run_tool`. Raises UserError with its complaint."""
+    done, text = run_tool(command, whole)
     if done.returncode:
-        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         told = [line for line in lines if "error" in line.lower() or "failed" in line.lower() or "need" in line.lower()]
         raise UserError(f"{what}: {(told or lines or [f'exit code {done.returncode}'])[0][:300]}")
-    return done.stderr + done.stdout
+    return text
