@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # A bare `torch` can bring gigabytes of CUDA libraries; this release is asked for first so that a CPU build can serve.
 TORCH ?= torch==2.13.0
+# Processes that share the tests; each keeps to its part of the cores.
+JOBS ?= logical
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,7 +16,7 @@ demo: $(READY)
 	$(BIN)/sola-edge demo --out build/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

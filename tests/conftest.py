@@ -12,7 +12,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("ci", derandomize=True)  # CI tests the same examples every time; a developer's runs explore
 if os.environ.get("CI"):
     settings.load_profile("ci")
-CORES = len(os.sched_getaffinity(0))
+
+
+def own_cores() -> int:
+    """Cores for this process: of several that share the tests each keeps to its part, or their threads would wait for
+    one another."""
+    cores = sorted(os.sched_getaffinity(0))
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if worker is None or workers > len(cores):
+        return len(cores)
+    os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
+    return len(os.sched_getaffinity(0))
+
+
+CORES = own_cores()
 torch.set_num_threads(1)  # tiny models: threads would only wait for one another
 
 

@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sola_edge.errors import UserError
-
 
 @dataclass(frozen=True)
 class RuntimeRow:
@@ -103,6 +101,8 @@ def runtimes_for(kind: str, path: Path) -> list[RuntimeRow]:
 
 def check_runtimes(names: Iterable[str] | None) -> None:
     """Raises UserError for a name that is no runtime's."""
+    from sola_edge.errors import UserError  # here, for the children import this table and nothing of sola_edge
+
     for name in names or ():
         if name not in RUNTIMES:
             raise UserError(f"there is no runtime {name!r}; choose of: {', '.join(RUNTIMES)}")
