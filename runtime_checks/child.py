@@ -57,6 +57,11 @@ class Session:
         self.runtime.reset()
         return {"prefill": prefill, "decode": self.runtime.decode(generate)}
 
+    def batch(self, prompt: list[int], generate: int, sequences: int) -> dict[str, float]:
+        """Seconds until all sequences have their first new token, and of the greedy steps from there."""
+        first, decode = self.runtime.batch(prompt, generate, sequences)
+        return {"first": first, "decode": decode}
+
     def steps(self, ids: list[int], first: int, out: str) -> None:
         """Logits of every position as `logits` gives them, but with the cache: `first` ids at once, the others one by one."""
         self.runtime.reset()

@@ -14,12 +14,14 @@ from runtime_checks.frontier_schema import Frontier
 from runtime_checks.memory_curve import MemoryReport
 from runtime_checks.schema import Report
 from runtime_checks.task_schema import TaskReport
+from runtime_checks.throughput_grid import ThroughputReport
 
 FILES: dict[str, tuple[type[BaseModel], str]] = {
     "report.json": (Report, "`check parity`, `perplexity`, `bench` (with `--output`), `demo`, `report`"),
     "compare.json": (Comparison, "`compare`"),
     "frontier.json": (Frontier, "`check frontier`"),
     "memory.json": (MemoryReport, "`check memory` (with `--output`)"),
+    "throughput.json": (ThroughputReport, "`check throughput` (with `--output`)"),
     "tasks.json": (TaskReport, "`check tasks` (with `--output`)"),
 }
 HEAD = """\

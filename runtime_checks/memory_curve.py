@@ -12,10 +12,11 @@ from runtime_checks.artefacts import open_artefact
 from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, WARM_UP, subjects_of
 from runtime_checks.frozen import Frozen
 from runtime_checks.machine import checked_threads, packages, run_record
-from runtime_checks.memory_model import Shapes, expected_memory, shapes_of
+from runtime_checks.memory_model import expected_memory
 from runtime_checks.process import CheckError, Child
 from runtime_checks.runtimes import check_runtimes
 from runtime_checks.schema import Kind, Machine, Memory, Skipped
+from runtime_checks.shapes import Shapes, shapes_of
 from runtime_checks.subject import Subject, memory_of
 from runtime_checks.throughput import random_prompt
 from sola_edge.errors import UserError

@@ -16,124 +16,15 @@ activations  of the tokens that run at once (llama.cpp: 512 at most): two vector
              (gate, up, the activation, the product), fp32; llama.cpp's attention mask besides
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
 from runtime_checks.artefacts import Artefact
-from sola_edge.architecture import head_dim, kv_heads
-from sola_edge.checkpoint import open_checkpoint
-from sola_edge.errors import UserError
-from sola_edge.gguf_source import field, open_gguf, stored_tensors
+from runtime_checks.shapes import F16, F32, Shapes, shapes_of
 
-F16, F32 = 2, 4
 HALF = ("fp16", "bf16")  # ONNX precisions whose cache is of the graph's own type
 SESSION = {"llama.cpp": 5_000_000, "onnxruntime": 13_000_000, "onnxruntime-genai": 30_000_000, "torch": 20_000_000}
 TOKEN = 300  # bytes; measured with 49,152 tokens
 FAR = 4096  # tokens, from where on memory grows evenly
 BATCH, PADDING = 512, 256  # llama.cpp's n_ubatch, and what it rounds a context up to
 MASK = 4 + 2  # bytes of the attention mask's elements, in fp32 and cast to fp16
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Of a file. weights and tied (an embedding that is the head too, else 0) in bytes as stored; ffn: the widest layer's."""
-
-    weights: int
-    tied: int
-    layers: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    ffn: int
-    vocab: int
-
-    @property
-    def kv_values(self) -> int:
-        """Values of the cache for every token of context."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
-
-
-def shapes_of(artefact: Artefact) -> Shapes:
-    """Raises UserError where the file does not say."""
-    return READERS[artefact.kind](artefact.path)
-
-
-def _of_config(config: Any, weights: int, element: float) -> Shapes:
-    embedding = round(config.vocab_size * config.hidden_size * element)
-    return Shapes(
-        weights=weights,
-        tied=embedding if config.tie_word_embeddings else 0,
-        layers=config.num_hidden_layers,
-        kv_heads=kv_heads(config),
-        head_dim=head_dim(config),
-        hidden=config.hidden_size,
-        ffn=config.intermediate_size,
-        vocab=config.vocab_size,
-    )
-
-
-def _of_checkpoint(path: Path) -> Shapes:
-    source = open_checkpoint(path)
-    return _of_config(source.config, source.parameters() * F32, F32)
-
-
-def _of_onnx(folder: Path) -> Shapes:
-    """Sizes from the graph's initializers, the rest from the model's config.json beside it."""
-    import onnx
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json, from which the shapes are read; put the model's there")
-    config = AutoConfig.from_pretrained(folder)
-    stored = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
-    vocabulary = [t for t in stored if t.dims and t.dims[0] == config.vocab_size]
-    tied = _bytes(max(vocabulary, key=_bytes)) if config.tie_word_embeddings and vocabulary else 0
-    weights = sum(_bytes(tensor) for tensor in stored)
-    return Shapes(**{**_of_config(config, weights, F32).__dict__, "tied": tied})
-
-
-def _bytes(tensor: Any) -> int:
-    from onnx import helper
-
-    return int(np.prod(tensor.dims, dtype=np.int64)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-
-
-def _of_gguf(path: Path) -> Shapes:
-    reader = open_gguf(path)
-    name = field(reader, "general.architecture")
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in stored_tensors(path)}
-    if "token_embd.weight" not in sizes:
-        raise UserError(f"{path} has no token_embd.weight, so it is no model; export it again")
-    wide: dict[str, int] = {}
-    for key in (
-        "block_count",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "embedding_length",
-        "feed_forward_length",
-    ):
-        found = field(reader, f"{name}.{key}")
-        if found is None and key != "attention.head_count_kv":
-            raise UserError(f"{path} has no {name}.{key} in its metadata; export it again")
-        wide[key] = int(np.max(found)) if found is not None else wide["attention.head_count"]
-    return Shapes(
-        weights=sum(sizes.values()),
-        tied=0 if "output.weight" in sizes else sizes["token_embd.weight"],
-        layers=wide["block_count"],
-        kv_heads=wide["attention.head_count_kv"],
-        head_dim=field(reader, f"{name}.attention.key_length")
-        or wide["embedding_length"] // wide["attention.head_count"],
-        hidden=wide["embedding_length"],
-        ffn=wide["feed_forward_length"],
-        vocab=len(field(reader, "tokenizer.ggml.tokens")),
-    )
-
-
-READERS: dict[str, Callable[[Path], Shapes]] = {"checkpoint": _of_checkpoint, "onnx": _of_onnx, "gguf": _of_gguf}
 
 
 def expected_memory(

@@ -1,4 +1,4 @@
-"""The commands `check frontier`, `check memory` and `recommend`: thin, and importing what they need only when they run."""
+"""The commands `check frontier`, `memory`, `throughput`, and `recommend`: thin; each imports what it needs when it runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +30,7 @@ def add_frontier_commands(app: typer.Typer, check_app: typer.Typer) -> None:
     """Register the commands."""
     check_app.command("frontier")(frontier)
     check_app.command("memory")(memory_)
+    check_app.command("throughput")(throughput)
     app.command()(recommend)
 
 
@@ -137,6 +138,49 @@ def memory_(
         print(report.model_dump_json())
     else:
         print_memory(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def throughput(
+    artefacts: Annotated[list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files.")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="Measured in turn with the others, and compared with: the dense model.")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Tokens of a prompt, with commas between them.")] = "128,512",
+    generate: Annotated[int, typer.Option(help="Tokens to decode after it.")] = 64,
+    batches: Annotated[str, typer.Option(help="Sequences at once, with commas between them.")] = "1",
+    threads: Annotated[
+        str | None, typer.Option(help="Numbers of threads, with commas between them; default: one per core.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often the artefacts take turns.")] = 3,
+    runtimes: Annotated[
+        str | None, typer.Option("--runtimes", "--runtime", help="In these alone; default: all that take the file.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time to the first token, prefill and decode speed over prompts, batches and threads, beside the machine's limits.
+
+    Example: sola-edge check throughput build/small.gguf --baseline build/dense.gguf --prompts 128,1024 --batches 1,4
+    """
+    numbers = counts(threads, "threads") if threads else []
+    only = items(runtimes, "runtimes") if runtimes else None
+    asked = {"prompts": counts(prompts, "prompts"), "batches": counts(batches, "batches"), "threads": numbers}
+    from runtime_checks.json_file import write_model
+    from runtime_checks.throughput_grid import Grid, throughput_curves
+    from runtime_checks.throughput_table import print_throughput
+
+    grid = Grid(generate=generate, rounds=rounds, **asked)
+    report = throughput_curves(artefacts, grid, baseline=baseline, runtimes=only)
+    if output is not None:
+        write_model(report, output)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        print_throughput(report)
     if not report.passed:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from exporters.gguf import export, parse_size, shards
 from exporters.llama_cpp import Build
 from runtime_checks.artefacts import open_artefact
-from runtime_checks.memory_model import shapes_of
+from runtime_checks.shapes import shapes_of
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.cli import app
 from sola_edge.errors import UserError

@@ -12,14 +12,27 @@ from typer.testing import CliRunner
 from runtime_checks.artefacts import Artefact, open_artefact
 from runtime_checks.launcher import launched, peak_told
 from runtime_checks.memory_curve import MemoryReport, memory_curves
-from runtime_checks.memory_model import Shapes, expected_memory, growth, shapes_of
+from runtime_checks.memory_model import expected_memory, growth
+from runtime_checks.shapes import Shapes, shapes_of
 from runtime_checks.throughput import random_prompt
 from sola_edge.cli import app
 from sola_edge.errors import UserError
 from sola_edge.testing import tiny_checkpoint
 
 MB = 1_000_000
-SHAPES = Shapes(weights=1000, tied=100, layers=2, kv_heads=3, head_dim=4, hidden=5, ffn=7, vocab=11)
+SHAPES = Shapes(
+    weights=1000,
+    embedding=100,
+    shared=True,
+    matrices=300,
+    layers=2,
+    heads=6,
+    kv_heads=3,
+    head_dim=4,
+    hidden=5,
+    ffn=7,
+    vocab=11,
+)
 TIME = Path("/usr/bin/time")
 
 
@@ -113,8 +126,9 @@ def test_growth_is_what_a_longer_prompt_takes(dense: Path, onnx_folder: Path) ->
 
 def test_shapes_are_read_from_the_files(dense: Path, onnx_folder: Path) -> None:
     found = shapes_of(open_artefact(dense))
-    parameters = 8000 * 512 + 512 + 8 * (3 * 512 * 2048 + 2 * 512 * 512 + 2 * 512 * 256 + 2 * 512)
-    assert found == Shapes(parameters * 4, 8000 * 512 * 4, 8, 4, 64, 512, 2048, 8000)
+    matrices = 8 * (3 * 512 * 2048 + 2 * 512 * 512 + 2 * 512 * 256)
+    parameters = 8000 * 512 + 512 + matrices + 8 * 2 * 512
+    assert found == Shapes(parameters * 4, 8000 * 512 * 4, True, matrices, 8, 8, 4, 64, 512, 2048, 8000)
     onnx = shapes_of(open_artefact(onnx_folder))
     assert 0 <= onnx.weights - found.weights < MB  # and tables of the rotation
     assert onnx == Shapes(onnx.weights, *list(found.__dict__.values())[1:])

@@ -11,6 +11,8 @@ Such a class has (ids: list[int]; times in seconds; logits float32):
     tokens(text) -> ids                optional: what it makes of a text of its own accord
     prefill(ids) -> seconds            ids in one go, computing what a user of the runtime would need next
     decode(count) -> seconds           count single-token steps from where the context is
+    batch(ids, count, sequences) -> (seconds, seconds)    that many sequences of the same ids from an empty context until the
+                                       first new token of each is chosen; then count greedy steps of all of them
     generate(ids, count, eos) -> (ids, logits (steps, vocab) or None)    greedy, up to and including an EOS
     bos() -> id or None                optional: what it puts before a text of its own accord
     parts() -> {name: bytes}           what the runtime itself tells of its memory
@@ -34,7 +36,14 @@ class RuntimeRow:
     environment: Callable[[], dict[str, str]] = dict
     needs_file: str | None = None  # of a folder artefact
     tool: str = "child process"
-    prefill_note: str = "logits of the last position only"
+    every_logit: bool = False  # whether a prefill computes the logits of all positions
+
+    @property
+    def prefill_note(self) -> str:
+        """What a prefill computes, in words."""
+        return (
+            "logits of all positions, as the graph has them" if self.every_logit else "logits of the last position only"
+        )
 
 
 def _package(name: str, extra: str) -> Callable[[], str | None]:
@@ -78,7 +87,7 @@ RUNTIMES = {
             "onnx",
             _package("onnxruntime", "onnx"),
             needs_file="model.onnx",
-            prefill_note="logits of all positions, as the graph has them",
+            every_logit=True,
         ),
         RuntimeRow(
             "onnxruntime-genai",
@@ -86,7 +95,7 @@ RUNTIMES = {
             "onnx",
             _package("onnxruntime_genai", "onnx"),
             needs_file="genai_config.json",
-            prefill_note="logits of all positions, as the graph has them",
+            every_logit=True,
         ),
         RuntimeRow("llama.cpp", "llama_cpp_", "gguf", _llama_cpp_missing, _llama_cpp_environment, tool="llama-bench"),
     )

@@ -27,9 +27,9 @@ class Runtime:
         self.model = og.Model(config)
         self.reset()
 
-    def _generator(self, length: int, shortest: int = 0) -> og.Generator:
+    def _generator(self, length: int, shortest: int = 0, sequences: int = 1) -> og.Generator:
         params = og.GeneratorParams(self.model)
-        params.set_search_options(do_sample=False, max_length=length, min_length=shortest, batch_size=1)
+        params.set_search_options(do_sample=False, max_length=length, min_length=shortest, batch_size=sequences)
         return og.Generator(self.model, params)
 
     def reset(self) -> None:
@@ -64,6 +64,20 @@ class Runtime:
         for _ in range(count):
             self.generator.generate_next_token()
         return time.perf_counter() - start
+
+    def batch(self, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
+        """Seconds to the first tokens (genai chooses them when it is asked for the next), and of the steps after them."""
+        length = len(ids) + count + 1
+        generator = self._generator(length, length, sequences)
+        rows = np.tile(np.array(ids, dtype=np.int32), (sequences, 1))
+        start = time.perf_counter()
+        generator.append_tokens(rows)
+        generator.generate_next_token()
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in range(count):
+            generator.generate_next_token()
+        return first, time.perf_counter() - start
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation by genai's own search."""

@@ -1,5 +1,6 @@
-"""The one greedy loop of the runtimes that have none of their own, so that all of them stop by the same rule."""
+"""The greedy loops of the runtimes that have none of their own, so that all of them stop, and are timed, by the same rule."""
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -16,3 +17,21 @@ def greedy(step: Step, ids: list[int], count: int, eos: list[int]) -> list[int]:
         found.append(int(step(following).argmax()))
         following = found[-1:]
     return found
+
+
+Rows = npt.NDArray[np.int64]
+BatchStep = Callable[
+    [Rows], npt.NDArray[np.float32]
+]  # ids (sequences, n) appended → logits (sequences, vocab) of the last
+
+
+def timed_batch(step: BatchStep, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
+    """Seconds until every sequence has its first new token, from an empty context; and of `count` steps from there."""
+    following = np.tile(np.array(ids, dtype=np.int64), (sequences, 1))
+    start = time.perf_counter()
+    following = step(following).argmax(axis=1)[:, None]
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(count):
+        following = step(following).argmax(axis=1)[:, None]
+    return first, time.perf_counter() - start

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime_checks.runtimes.greedy import greedy
+from runtime_checks.runtimes.greedy import Rows, greedy, timed_batch
 
 FILLER = 1
+PADDING = 256
 BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output) buffer size\s*=\s*([\d.]+) MiB")
 PARTS = {"model": "weights", "KV": "kv", "compute": "compute", "output": "output"}
 ALL_F32 = "0"  # general.file_type
@@ -34,6 +35,17 @@ def _bindings() -> Any:
     package.__path__ = [str(Path(os.environ["SOLA_EDGE_LLAMA_CPP_PYTHON"]) / "llama_cpp")]
     sys.modules.setdefault("llama_cpp", package)
     return importlib.import_module("llama_cpp.llama_cpp")
+
+
+def fill(batch: Any, rows: Rows, position: int, every: bool) -> None:
+    """A llama_batch of ids (sequences, n) that begin at a position; logits of all of them, or of each sequence's last."""
+    for i, (sequence, column) in enumerate(np.ndindex(*rows.shape)):
+        batch.token[i] = rows[sequence, column]
+        batch.pos[i] = position + column
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = sequence
+        batch.logits[i] = every or column == rows.shape[1] - 1
+    batch.n_tokens = rows.size
 
 
 class Runtime:
@@ -67,16 +79,23 @@ class Runtime:
             raise RuntimeError(self.errors[0] if self.errors else "llama.cpp could not load the model")
         self.vocabulary = self.lib.llama_model_get_vocab(self.model)
         self.vocab = self.lib.llama_vocab_n_tokens(self.vocabulary)
+        self.ctx = self._made(self._options())
+        self.tokens_in = self.lib.llama_batch_init(self.context, 0, 1)
+
+    def _options(self) -> Any:
         options = self.lib.llama_context_default_params()
         options.n_ctx = options.n_batch = self.context
         options.n_threads = options.n_threads_batch = self.threads
         if self._metadata("general.file_type") == ALL_F32:
             options.type_k = options.type_v = TYPE_F32
             options.flash_attn_type = FLASH_ATTENTION_OFF
-        self.ctx = self.lib.llama_init_from_model(self.model, options)
-        if not self.ctx:
+        return options
+
+    def _made(self, options: Any) -> Any:
+        ctx = self.lib.llama_init_from_model(self.model, options)
+        if not ctx:
             raise RuntimeError(self.errors[0] if self.errors else "llama.cpp could not make a context")
-        self.batch = self.lib.llama_batch_init(self.context, 0, 1)
+        return ctx
 
     def _metadata(self, key: str) -> str:
         text = ctypes.create_string_buffer(256)
@@ -92,19 +111,17 @@ class Runtime:
         """Logits of all (or the last) of ids, appended to the context; a copy."""
         if self.position + len(ids) > self.context:
             raise RuntimeError(f"{self.position + len(ids)} tokens do not fit a context of {self.context}")
-        for i, token in enumerate(ids):
-            self.batch.token[i] = token
-            self.batch.pos[i] = self.position + i
-            self.batch.n_seq_id[i] = 1
-            self.batch.seq_id[i][0] = 0
-            self.batch.logits[i] = every or i == len(ids) - 1
-        self.batch.n_tokens = len(ids)
-        code = self.lib.llama_decode(self.ctx, self.batch)
+        fill(self.tokens_in, np.array([ids]), self.position, every)
+        found = self._decoded(self.ctx, self.tokens_in, len(ids) if every else 1)
+        self.position += len(ids)
+        return found
+
+    def _decoded(self, ctx: Any, tokens: Any, rows: int) -> npt.NDArray[np.float32]:
+        """The logits (rows, vocab) that were asked for of these tokens; a copy."""
+        code = self.lib.llama_decode(ctx, tokens)
         if code != 0:
             raise RuntimeError(f"llama_decode failed with code {code}")
-        self.position += len(ids)
-        rows = len(ids) if every else 1
-        found = self.lib.llama_get_logits(self.ctx)  # waits for the result
+        found = self.lib.llama_get_logits(ctx)  # waits for the result
         return np.ctypeslib.as_array(found, shape=(rows, self.vocab)).copy()
 
     def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
@@ -128,6 +145,26 @@ class Runtime:
         for _ in range(count):
             self._forward([FILLER], every=False)
         return time.perf_counter() - start
+
+    def batch(self, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
+        """Seconds to the first tokens, and of the steps after them, in a context of its own."""
+        options = self._options()
+        each = -(-(len(ids) + count + 1) // PADDING) * PADDING  # as llama.cpp rounds the part of a sequence
+        options.n_ctx, options.n_batch, options.n_seq_max = sequences * each, sequences * len(ids), sequences
+        ctx, tokens = self._made(options), self.lib.llama_batch_init(sequences * len(ids), 0, 1)
+        position = 0
+
+        def step(rows: Rows) -> npt.NDArray[np.float32]:
+            nonlocal position
+            fill(tokens, rows, position, False)
+            position += rows.shape[1]
+            return self._decoded(ctx, tokens, sequences)
+
+        try:
+            return timed_batch(step, ids, count, sequences)
+        finally:
+            self.lib.llama_batch_free(tokens)
+            self.lib.llama_free(ctx)
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from runtime_checks.runtimes.greedy import greedy
+from runtime_checks.runtimes.greedy import Rows, greedy, timed_batch
 
 FILLER = 1
 SIDES = ((1, "num_key_value_heads"), (3, "head_size"))  # of a cache tensor: axis, and what genai_config.json calls it
@@ -40,14 +40,14 @@ class Runtime:
         self.outputs = [node.name for node in self.session.get_outputs()]
         self.reset()
 
-    def reset(self) -> None:
+    def reset(self, sequences: int = 1) -> None:
         """An empty cache: past length 0."""
         self.length = 0
         self.past = {}
         for name, node in self.inputs.items():
             if name.startswith("past_key_values."):
                 heads, width = (self._side(node, axis, key) for axis, key in SIDES)
-                empty = np.zeros((1, heads, 0, width), dtype=DTYPES[node.type])
+                empty = np.zeros((sequences, heads, 0, width), dtype=DTYPES[node.type])
                 self.past[name] = ort.OrtValue.ortvalue_from_numpy(empty)
 
     def _side(self, node: Any, axis: int, key: str) -> int:
@@ -63,18 +63,23 @@ class Runtime:
 
     def _forward(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits (len(ids), vocab) of ids appended to the cache."""
-        total = self.length + len(ids)
+        return self._rows(np.array([ids], dtype=np.int64))[0]
+
+    def _rows(self, ids: Rows) -> npt.NDArray[np.float32]:
+        """Logits (sequences, n, vocab) of ids (sequences, n), each appended to its sequence's cache."""
+        sequences, total = len(ids), self.length + ids.shape[1]
+        positions = np.arange(self.length, total, dtype=np.int64)
         feeds = {
-            "input_ids": np.array([ids], dtype=np.int64),
-            "attention_mask": np.ones((1, total), dtype=np.int64),
-            "position_ids": np.arange(self.length, total, dtype=np.int64)[None],
+            "input_ids": ids,
+            "attention_mask": np.ones((sequences, total), dtype=np.int64),
+            "position_ids": np.tile(positions, (sequences, 1)),
         }
         values = {name: ort.OrtValue.ortvalue_from_numpy(v) for name, v in feeds.items() if name in self.inputs}
         results = self.session.run_with_ort_values(self.outputs, {**values, **self.past})
         named = dict(zip(self.outputs, results, strict=True))
         self.past = {name: named[name.replace("past_key_values.", "present.")] for name in self.past}
         self.length = total
-        return named["logits"].numpy()[0].astype(np.float32, copy=False)
+        return named["logits"].numpy().astype(np.float32, copy=False)
 
     def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """All positions, from an empty context."""
@@ -97,6 +102,11 @@ class Runtime:
         for _ in range(count):
             self._forward([FILLER])
         return time.perf_counter() - start
+
+    def batch(self, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
+        """Seconds to the first tokens, and of the steps after them."""
+        self.reset(sequences)
+        return timed_batch(lambda rows: self._rows(rows)[:, -1], ids, count, sequences)
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import sola_edge  # noqa: F401  (teaches transformers to load a compressed checkpoint)
-from runtime_checks.runtimes.greedy import greedy
+from runtime_checks.runtimes.greedy import Rows, greedy, timed_batch
 from sola_edge.architecture import attention_implementation
 from sola_edge.checkpoint import open_checkpoint
 
@@ -46,10 +46,14 @@ class Runtime:
 
     def _forward(self, ids: list[int], keep: int) -> torch.Tensor:
         """Logits (keep or all, vocab) of ids appended to the cache."""
-        tokens = torch.tensor([ids])
+        return self._rows(torch.tensor([ids]), keep)[0]
+
+    def _rows(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
+        """The same of ids (sequences, n), each appended to its sequence's cache."""
         out = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         self.cache = out.past_key_values
-        return out.logits[0]
+        found: torch.Tensor = out.logits
+        return found
 
     def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """All positions, no cache."""
@@ -92,6 +96,15 @@ class Runtime:
         for _ in range(count):
             self._forward([FILLER], 1)
         return time.perf_counter() - start
+
+    def batch(self, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
+        """Seconds to the first tokens, and of the steps after them."""
+        self.reset()
+
+        def step(rows: Rows) -> npt.NDArray[np.float32]:
+            return self._rows(torch.from_numpy(rows), 1)[:, -1].float().numpy()
+
+        return timed_batch(step, ids, count, sequences)
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation and the logits that chose each of its tokens."""

@@ -1,0 +1,81 @@
+"""Throughput on the terminal: a table for every artefact in a runtime, the machine's limits below."""
+
+import statistics
+from pathlib import Path
+
+from rich.console import Console
+
+from runtime_checks.grids import print_grid
+from runtime_checks.schema import BUSY
+from runtime_checks.summary import DASH, megabytes
+from runtime_checks.throughput_grid import ThroughputCurve, ThroughputPoint, ThroughputReport
+
+TEST = ("Threads", "Batch", "Prompt")
+SPEEDS = (*TEST, "First token", "Prefill", "Decode")
+SHARES = (*TEST, "Prefill ÷ baseline", "Decode ÷", "Bandwidth", "GEMM")
+EXPLAINED = (
+    "First token: median, from an empty context. Prefill, decode: tokens/s of the whole batch, median [least–most of the "
+    "rounds]. ÷: median of the rounds' ratios to the baseline. Bandwidth: the bytes that decoding must read, as a share of the "
+    "machine's; GEMM: the operations of a prompt, as a share of its fp32 rate (integer kernels may be faster)."
+)
+
+
+def print_throughput(report: ThroughputReport, console: Console | None = None) -> None:
+    """Print every curve, the limits, and what failed, to stdout."""
+    console = console or Console()
+    for curve in report.curves:
+        role = ", the baseline" if curve.artefact == report.baseline else ""
+        size = megabytes(curve.bytes)
+        name = f"{Path(curve.artefact).name} ({curve.precision}) in {curve.runtime}, {size} on disk{role}"
+        console.print(name, style="bold", markup=False, highlight=False)
+        print_grid(console, SPEEDS, map(_speeds, curve.points))
+        print_grid(console, SHARES, [_shares(report, curve, point) for point in curve.points])
+    console.print(EXPLAINED, style="dim", markup=False, highlight=False)
+    for limits in report.limits:
+        kernels = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in limits.bandwidth.items())
+        line = f"This machine, {limits.threads} threads: {kernels} GB/s; fp32 products {limits.gemm / 1e9:.0f} GFLOP/s."
+        console.print(line, style="dim", markup=False, highlight=False)
+    if report.others_busy > BUSY:
+        line = f"warning: other programs took {100 * report.others_busy:.0f} % of the cores: speeds are doubtful"
+        console.print(line, style="yellow", markup=False, highlight=False)
+    for skipped in report.skipped:
+        console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
+    for curve in report.curves:
+        for reason in curve.reasons:
+            line = f"{Path(curve.artefact).name} in {curve.runtime}: {reason}"
+            console.print(line, style="red", markup=False, highlight=False)
+
+
+def _test(point: ThroughputPoint) -> tuple[str, str, str]:
+    return str(point.test.threads), str(point.test.batch), f"{point.test.prompt:,}"
+
+
+def _speeds(point: ThroughputPoint) -> tuple[str, ...]:
+    first = f"{1000 * point.seconds_to_first:,.0f} ms"
+    return (*_test(point), first, _speed(point.prefill_speeds), _speed(point.decode_speeds))
+
+
+def _shares(report: ThroughputReport, curve: ThroughputCurve, point: ThroughputPoint) -> tuple[str, ...]:
+    limits = report.limits_of(point.test.threads)
+    shares = (f"{100 * share:.0f} %" for share in (point.bandwidth_share(limits), point.gemm_share(limits)))
+    return (*_test(point), *_ratios(report.reference(curve), point), *shares)
+
+
+def _speed(speeds: list[float]) -> str:
+    digits = 0 if min(speeds) >= 100 else 1
+    low, middle, high = (f"{v:,.{digits}f}" for v in (min(speeds), statistics.median(speeds), max(speeds)))
+    return f"{middle} [{low}–{high}]"
+
+
+def _ratios(reference: ThroughputCurve | None, point: ThroughputPoint) -> tuple[str, str]:
+    other = reference.point(point.test) if reference else None
+    if other is None:
+        return DASH, DASH
+    return (
+        _ratio(point.prefill_speeds, other.prefill_speeds),
+        _ratio(point.decode_speeds, other.decode_speeds),
+    )
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> str:
+    return f"{statistics.median(a / b for a, b in zip(ours, theirs, strict=True)):.2f}"
