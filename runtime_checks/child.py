@@ -62,6 +62,15 @@ class Session:
         first, decode = self.runtime.batch(prompt, generate, sequences)
         return {"first": first, "decode": decode}
 
+    def continuation(self, ids: list[int], count: int) -> dict[str, Any]:
+        """Log-likelihood of the last `count` ids (null where not finite), and whether each was the likeliest."""
+        found = self.runtime.logits(ids[:-1])[-count:]
+        targets = np.asarray(ids[-count:])
+        nll = window_nll(np.concatenate([found, found[-1:]]), np.concatenate([[0], targets]))
+        total = -float(nll.sum())
+        greedy = bool((found.argmax(axis=1) == targets).all())
+        return {"value": total if np.isfinite(total) else None, "greedy": greedy}
+
     def steps(self, ids: list[int], first: int, out: str) -> None:
         """Logits of every position as `logits` gives them, but with the cache: `first` ids at once, the others one by one."""
         self.runtime.reset()

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from runtime_checks.accuracy_schema import AccuracyReport
 from runtime_checks.compare_schema import Comparison
 from runtime_checks.frontier_schema import Frontier
 from runtime_checks.memory_curve import MemoryReport
@@ -22,6 +23,7 @@ FILES: dict[str, tuple[type[BaseModel], str]] = {
     "frontier.json": (Frontier, "`check frontier`"),
     "memory.json": (MemoryReport, "`check memory` (with `--output`)"),
     "throughput.json": (ThroughputReport, "`check throughput` (with `--output`)"),
+    "accuracy.json": (AccuracyReport, "`check accuracy` (with `--output`)"),
     "tasks.json": (TaskReport, "`check tasks` (with `--output`)"),
 }
 HEAD = """\

@@ -85,10 +85,10 @@ def run_record(threads: int) -> dict[str, Any]:
     }
 
 
-def packages() -> dict[str, str]:
-    """Versions of what computes, where installed; llama.cpp's from its build."""
+def packages(*more: str) -> dict[str, str]:
+    """Versions of what computes, where installed, and of `more`; llama.cpp's from its build."""
     found = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -85,10 +85,17 @@ def measure_checkpoint(
 
     Raises UserError for log-likelihoods that are not finite.
     """
+    with pytorch_threads(threads):
+        return _measure_all(_subject(name, str(source), tasks), tasks, baseline)
+
+
+@contextmanager
+def pytorch_threads(threads: int) -> Iterator[None]:
+    """So many threads in PyTorch while the context lasts."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return _measure_all(_subject(name, str(source), tasks), tasks, baseline)
+        yield
     finally:
         torch.set_num_threads(before)
 

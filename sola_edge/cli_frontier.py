@@ -1,4 +1,4 @@
-"""The commands `check frontier`, `memory`, `throughput`, and `recommend`: thin; each imports what it needs when it runs."""
+"""The commands `check frontier`, `memory`, `throughput`, `accuracy`, and `recommend`: thin, importing when they run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +31,7 @@ def add_frontier_commands(app: typer.Typer, check_app: typer.Typer) -> None:
     check_app.command("frontier")(frontier)
     check_app.command("memory")(memory_)
     check_app.command("throughput")(throughput)
+    check_app.command("accuracy")(accuracy)
     app.command()(recommend)
 
 
@@ -181,6 +182,47 @@ def throughput(
         print(report.model_dump_json())
     else:
         print_throughput(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def accuracy(
+    artefacts: Annotated[
+        list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files; the first is compared with.")
+    ],
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="Names of lm-evaluation-harness or .jsonl files, with commas between them.")
+    ],
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, at most.")] = None,
+    runtimes: Annotated[
+        str | None, typer.Option("--runtimes", "--runtime", help="In these alone; default: all that take the file.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A checkpoint whose tokenizer is used; default: the artefact's own.")
+    ] = None,
+    threads: Threads = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Zero-shot accuracy by lm-evaluation-harness, of checkpoints and of exported files in their own runtimes.
+
+    Example: sola-edge check accuracy build/small build/small-onnx build/small.gguf --tasks arc_easy,piqa --limit 500
+    """
+    asked = items(tasks, "tasks")
+    only = items(runtimes, "runtimes") if runtimes else None
+    from runtime_checks.accuracy import measure_accuracy
+    from runtime_checks.accuracy_table import print_accuracy
+    from runtime_checks.json_file import write_model
+
+    report = measure_accuracy(artefacts, asked, limit=limit, threads=threads, runtimes=only, tokenizer_from=tokenizer)
+    if output is not None:
+        write_model(report, output)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        print_accuracy(report)
     if not report.passed:
         raise typer.Exit(1)
 

@@ -1,0 +1,166 @@
+"""check accuracy: zero-shot accuracy by lm-evaluation-harness, of checkpoints and of exported files in their own runtimes.
+
+Checkpoints run in the harness's own back end for transformers, in fp32; ONNX folders and GGUF files in a child process of
+each runtime, behind an adapter of ours (harness.py). Tasks are the harness's own, by name (it fetches their data), or files of
+questions (task_files.py), which need no network. No BOS is put before a text.
+
+The first artefact is what the others are compared with, question by question: the standard error of a difference is paired.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime_checks.accuracy_schema import AccuracyReport, AccuracyResult, AskedTask
+from runtime_checks.checks import subjects_of
+from runtime_checks.harness import RuntimeModel, asked_of, evaluate, file_task, named_task, transformers_model
+from runtime_checks.machine import checked_threads, packages, run_record
+from runtime_checks.process import CheckError
+from runtime_checks.runtimes import check_runtimes
+from runtime_checks.schema import Skipped
+from runtime_checks.subject import Subject
+from runtime_checks.task_files import read_tasks
+from runtime_checks.task_schema import Difference, Share
+from runtime_checks.tasks import loaded, pytorch_threads
+from sola_edge.checkpoint import load_tokenizer, open_checkpoint
+from sola_edge.errors import UserError
+
+MEAN = "acc_norm"  # where a task has it: as ARC, PIQA and HellaSwag are told
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A task of the harness, and what the report says of it."""
+
+    task: Any
+    described: AskedTask
+
+
+def measure_accuracy(
+    artefacts: Sequence[Path],
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    threads: int | None = None,
+    runtimes: Sequence[str] | None = None,
+    tokenizer_from: Path | None = None,
+) -> AccuracyReport:
+    """Every artefact in every runtime that takes it (of `runtimes`, where given) on every task.
+
+    tasks: files of questions (a path that ends in .jsonl) or the harness's names. limit: questions of each, at most.
+    Raises UserError for bad input, before anything is computed; a runtime that fails is a reason in the report.
+    """
+    check_runtimes(runtimes)
+    threads = checked_threads(threads)
+    skipped: list[Skipped] = []
+    subjects = [s for path in artefacts for s in subjects_of("", Path(path), skipped)]
+    subjects = [s for s in subjects if runtimes is None or s.row.name in runtimes]
+    if not subjects:
+        reason = skipped[-1].reason if skipped else "no runtime that was named takes it"
+        raise UserError(f"nothing can be run: {reason}")
+    asked = _tasks(tasks, limit)
+    results: list[AccuracyResult] = []
+    for subject in subjects:
+        try:
+            results += _measure(subject, asked, limit, threads, tokenizer_from, results[: len(asked)])
+        except CheckError as error:
+            subject.reasons.append(str(error))
+    return AccuracyReport(
+        **run_record(threads),
+        packages=packages("lm-eval"),
+        tasks=[one.described for one in asked],
+        results=results,
+        skipped=skipped,
+        reasons=[reason for subject in subjects for reason in subject.reasons],
+    )
+
+
+def _tasks(names: Sequence[str], limit: int | None) -> list[_Asked]:
+    """Raises UserError for a file that is none, a name that the harness does not know, and data that it cannot fetch."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit} is out of range: give at least 1 question")
+    if not names:
+        raise UserError("no task was named: give files of questions (.jsonl) or names of lm-evaluation-harness")
+    files = [Path(name) for name in names if name.endswith(".jsonl")]
+    read = {str(task.path): task for task in (read_tasks(files, limit) if files else [])}
+    found = []
+    for name in names:
+        if name.endswith(".jsonl"):
+            task = read[str(Path(name))]
+            made, source, sha256 = file_task(task), str(task.path), task.sha256
+        else:
+            made, source, sha256 = named_task(name), "lm-evaluation-harness", None
+        found.append(_Asked(made, asked_of(made, source, sha256, limit)))
+    return found
+
+
+def _measure(
+    subject: Subject,
+    asked: list[_Asked],
+    limit: int | None,
+    threads: int,
+    tokenizer_from: Path | None,
+    first: list[AccuracyResult],
+) -> Iterator[AccuracyResult]:
+    with _model(subject, threads, tokenizer_from) as model:
+        for number, one in enumerate(asked):
+            start = time.perf_counter()
+            found = evaluate(model, one.task, limit)
+            metric = MEAN if MEAN in found.metrics else next(iter(found.metrics))
+            lost = sum(not math.isfinite(value) for value in found.likelihoods)
+            if lost:
+                name = one.described.name
+                raise CheckError(
+                    f"{subject.row.name} on {subject.artefact.path}: {lost} answers of {name} have no finite likelihood"
+                )
+            result = AccuracyResult(
+                artefact=str(subject.artefact.path),
+                kind=subject.artefact.kind,
+                precision=subject.precision,
+                runtime=subject.row.name,
+                version=subject.version,
+                task=one.described.name,
+                n=found.questions,
+                metric=metric,
+                metrics={name: share(values) for name, values in found.metrics.items()},
+                values=found.metrics[metric],
+                difference=None,
+                seconds=time.perf_counter() - start,
+            )
+            if first:
+                result = result.model_copy(update={"difference": paired(first[number], result)})
+            yield result
+
+
+def share(values: Sequence[float]) -> Share:
+    """The mean of a figure per question and its standard error, the sample's deviation / sqrt(n), as the harness has it."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return Share(value=float(np.mean(values)), standard_error=deviation / math.sqrt(len(values)))
+
+
+def paired(before: AccuracyResult, after: AccuracyResult) -> Difference:
+    """The mean difference on the same questions and its standard error."""
+    found = share([b - a for a, b in zip(before.values, after.values, strict=True)])
+    return Difference(baseline=before.artefact, value=found.value, standard_error=found.standard_error)
+
+
+@contextmanager
+def _model(subject: Subject, threads: int, tokenizer_from: Path | None) -> Iterator[Any]:
+    """What the harness asks."""
+    path = subject.artefact.path
+    tokenizer = load_tokenizer(tokenizer_from or path)
+    if subject.artefact.kind == "checkpoint":
+        with loaded(open_checkpoint(path)) as model:
+            import transformers
+
+            subject.version = f"transformers {transformers.__version__}"
+            with pytorch_threads(threads):
+                yield transformers_model(model, tokenizer)
+        return
+    yield RuntimeModel(subject, tokenizer, threads)

@@ -1,0 +1,48 @@
+"""Accuracies of artefacts in runtimes on the terminal: rows are artefacts, columns are tasks."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from runtime_checks.accuracy_schema import AccuracyReport, AccuracyResult, AskedTask
+from runtime_checks.grids import print_grid
+from runtime_checks.summary import DASH
+
+EXPLAINED = (
+    "Per cent of the questions answered right ± standard error, zero-shot, by lm-evaluation-harness. Below it the difference "
+    "to the first row on the same questions ± its paired standard error."
+)
+
+
+def print_accuracy(report: AccuracyReport, console: Console | None = None) -> None:
+    """Print every cell, what was left out and what failed, to stdout."""
+    console = console or Console()
+    rows = dict.fromkeys((r.artefact, r.precision, r.runtime) for r in report.results)
+    cells = {((r.artefact, r.precision, r.runtime), r.task): r for r in report.results}
+    heads = ("Artefact", *(_head(task, report) for task in report.tasks))
+    print_grid(console, heads, [(_name(row), *(_cell(cells.get((row, t.name))) for t in report.tasks)) for row in rows])
+    console.print(EXPLAINED, style="dim", markup=False, highlight=False)
+    for skipped in report.skipped:
+        console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
+    for reason in report.reasons:
+        console.print(reason, style="red", markup=False, highlight=False)
+
+
+def _name(row: tuple[str, str, str]) -> str:
+    artefact, precision, runtime = row
+    return f"{Path(artefact).name} ({precision})\n{runtime}"
+
+
+def _head(task: AskedTask, report: AccuracyReport) -> str:
+    metric = next((r.metric for r in report.results if r.task == task.name), "")
+    return f"{task.name}\n{metric}\nn = {task.questions:,}"
+
+
+def _cell(result: AccuracyResult | None) -> str:
+    if result is None:
+        return DASH
+    found = result.metrics[result.metric]
+    text = f"{100 * found.value:.2f} ± {100 * found.standard_error:.2f}"
+    if result.difference is None:
+        return text
+    return f"{text}\n{100 * result.difference.value:+.2f} ± {100 * result.difference.standard_error:.2f}"
