@@ -19,7 +19,16 @@ import numpy as np
 
 from runtime_checks.accuracy_schema import AccuracyReport, AccuracyResult, AskedTask
 from runtime_checks.checks import subjects_of
-from runtime_checks.harness import RuntimeModel, asked_of, evaluate, file_task, named_task, transformers_model
+from runtime_checks.harness import (
+    Evaluated,
+    RuntimeModel,
+    asked_of,
+    evaluate,
+    file_task,
+    named_task,
+    transformers_model,
+)
+from runtime_checks.kept import Kept
 from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.process import CheckError
 from runtime_checks.runtimes import check_runtimes
@@ -50,11 +59,13 @@ def measure_accuracy(
     threads: int | None = None,
     runtimes: Sequence[str] | None = None,
     tokenizer_from: Path | None = None,
+    kept: Kept | None = None,
 ) -> AccuracyReport:
     """Every artefact in every runtime that takes it (of `runtimes`, where given) on every task.
 
-    tasks: files of questions (a path that ends in .jsonl) or the harness's names. limit: questions of each, at most.
-    Raises UserError for bad input, before anything is computed; a runtime that fails is a reason in the report.
+    tasks: files of questions (a path that ends in .jsonl) or the harness's names. limit: questions of each, at most. kept:
+    where results of earlier runs are, to be used again. Raises UserError for bad input, before anything is computed; a
+    runtime that fails is a reason in the report.
     """
     check_runtimes(runtimes)
     threads = checked_threads(threads)
@@ -65,20 +76,22 @@ def measure_accuracy(
         reason = skipped[-1].reason if skipped else "no runtime that was named takes it"
         raise UserError(f"nothing can be run: {reason}")
     asked = _tasks(tasks, limit)
-    results: list[AccuracyResult] = []
-    for subject in subjects:
-        try:
-            results += _measure(subject, asked, limit, threads, tokenizer_from, results[: len(asked)])
-        except CheckError as error:
-            subject.reasons.append(str(error))
+    record = run_record(threads)
+    run = _Run(asked, limit, threads, tokenizer_from, kept, record["created"])
+    results = [result for subject in subjects for result in run.measure(subject)]
+    first = {r.task: r for r in results if (r.artefact, r.runtime) == _key(subjects[0])}
     return AccuracyReport(
-        **run_record(threads),
+        **record,
         packages=packages("lm-eval"),
         tasks=[one.described for one in asked],
-        results=results,
+        results=[_paired(first.get(result.task), result) for result in results],
         skipped=skipped,
         reasons=[reason for subject in subjects for reason in subject.reasons],
     )
+
+
+def _key(subject: Subject) -> tuple[str, str]:
+    return str(subject.artefact.path), subject.row.name
 
 
 def _tasks(names: Sequence[str], limit: int | None) -> list[_Asked]:
@@ -100,42 +113,74 @@ def _tasks(names: Sequence[str], limit: int | None) -> list[_Asked]:
     return found
 
 
-def _measure(
-    subject: Subject,
-    asked: list[_Asked],
-    limit: int | None,
-    threads: int,
-    tokenizer_from: Path | None,
-    first: list[AccuracyResult],
-) -> Iterator[AccuracyResult]:
-    with _model(subject, threads, tokenizer_from) as model:
-        for number, one in enumerate(asked):
-            start = time.perf_counter()
-            found = evaluate(model, one.task, limit)
-            metric = MEAN if MEAN in found.metrics else next(iter(found.metrics))
-            lost = sum(not math.isfinite(value) for value in found.likelihoods)
-            if lost:
-                name = one.described.name
-                raise CheckError(
-                    f"{subject.row.name} on {subject.artefact.path}: {lost} answers of {name} have no finite likelihood"
-                )
-            result = AccuracyResult(
-                artefact=str(subject.artefact.path),
-                kind=subject.artefact.kind,
-                precision=subject.precision,
-                runtime=subject.row.name,
-                version=subject.version,
-                task=one.described.name,
-                n=found.questions,
-                metric=metric,
-                metrics={name: share(values) for name, values in found.metrics.items()},
-                values=found.metrics[metric],
-                difference=None,
-                seconds=time.perf_counter() - start,
-            )
-            if first:
-                result = result.model_copy(update={"difference": paired(first[number], result)})
-            yield result
+@dataclass(frozen=True)
+class _Run:
+    """What is asked of every subject."""
+
+    asked: list[_Asked]
+    limit: int | None
+    threads: int
+    tokenizer_from: Path | None
+    kept: Kept | None
+    created: str
+
+    def measure(self, subject: Subject) -> list[AccuracyResult]:
+        """Its results in the order of the tasks, without differences; what failed is among the subject's reasons."""
+        found = {one.described.name: self._find(subject, one) for one in self.asked}
+        missing = [one for one in self.asked if found[one.described.name] is None]
+        try:
+            for one, result in self._ask(subject, missing):
+                found[one.described.name] = result
+                if self.kept is not None:
+                    self.kept.keep(
+                        result.model_copy(update={"measured": self.created}), self._place(self.kept, subject, one)
+                    )
+        except CheckError as error:
+            subject.reasons.append(str(error))
+        return [result for result in found.values() if result is not None]
+
+    def _find(self, subject: Subject, one: _Asked) -> AccuracyResult | None:
+        if self.kept is None:
+            return None
+        found = self.kept.find(AccuracyResult, self._place(self.kept, subject, one))
+        return found.model_copy(update={"artefact": str(subject.artefact.path)}) if found else None
+
+    def _place(self, kept: Kept, subject: Subject, one: _Asked) -> Path:
+        tokenizer = kept.hashes(self.tokenizer_from) if self.tokenizer_from else None
+        task = one.described.model_dump(exclude={"source"} if one.described.sha256 else None)
+        return kept.place(subject.artefact, subject.row.name, self.threads, task=task, tokenizer=tokenizer)
+
+    def _ask(self, subject: Subject, missing: list[_Asked]) -> Iterator[tuple[_Asked, AccuracyResult]]:
+        """Raises CheckError where the runtime fails, or a likelihood is not finite."""
+        if not missing:
+            return
+        with _model(subject, self.threads, self.tokenizer_from) as model:
+            for one in missing:
+                start = time.perf_counter()
+                found = evaluate(model, one.task, self.limit)
+                yield one, _result(subject, one, found, time.perf_counter() - start)
+
+
+def _result(subject: Subject, one: _Asked, found: Evaluated, seconds: float) -> AccuracyResult:
+    lost = sum(not math.isfinite(value) for value in found.likelihoods)
+    if lost:
+        where = f"{subject.row.name} on {subject.artefact.path}"
+        raise CheckError(f"{where}: {lost} answers of {one.described.name} have no finite likelihood")
+    metric = MEAN if MEAN in found.metrics else next(iter(found.metrics))
+    return AccuracyResult(
+        artefact=str(subject.artefact.path),
+        kind=subject.artefact.kind,
+        precision=subject.precision,
+        runtime=subject.row.name,
+        version=subject.version,
+        task=one.described.name,
+        n=found.questions,
+        metric=metric,
+        metrics={name: share(values) for name, values in found.metrics.items()},
+        values=found.metrics[metric],
+        difference=None,
+        seconds=seconds,
+    )
 
 
 def share(values: Sequence[float]) -> Share:
@@ -148,6 +193,13 @@ def paired(before: AccuracyResult, after: AccuracyResult) -> Difference:
     """The mean difference on the same questions and its standard error."""
     found = share([b - a for a, b in zip(before.values, after.values, strict=True)])
     return Difference(baseline=before.artefact, value=found.value, standard_error=found.standard_error)
+
+
+def _paired(first: AccuracyResult | None, result: AccuracyResult) -> AccuracyResult:
+    """With the difference to the first artefact's result, where that is another one and there."""
+    if first is None or first is result:
+        return result
+    return result.model_copy(update={"difference": paired(first, result)})
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class AccuracyResult(Frozen):
     """An artefact in a runtime on one task.
 
     metrics: all that the harness tells of the task; metric: the one whose `values` by question are kept, and paired with those
-    of the first artefact (difference: null for that one).
+    of the first artefact (difference: null for that one). measured: when (UTC, ISO 8601), where an earlier run's was used.
     """
 
     artefact: str
@@ -36,6 +36,7 @@ class AccuracyResult(Frozen):
     values: list[float]
     difference: Difference | None
     seconds: float
+    measured: str | None = None
 
 
 class AccuracyReport(Frozen):

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from runtime_checks.accuracy_schema import AccuracyReport, AccuracyResult, AskedTask
 from runtime_checks.grids import print_grid
-from runtime_checks.summary import DASH
+from runtime_checks.summary import DASH, reused
 
 EXPLAINED = (
     "Per cent of the questions answered right ± standard error, zero-shot, by lm-evaluation-harness. Below it the difference "
@@ -22,6 +22,8 @@ def print_accuracy(report: AccuracyReport, console: Console | None = None) -> No
     heads = ("Artefact", *(_head(task, report) for task in report.tasks))
     print_grid(console, heads, [(_name(row), *(_cell(cells.get((row, t.name))) for t in report.tasks)) for row in rows])
     console.print(EXPLAINED, style="dim", markup=False, highlight=False)
+    for line in reused(result.measured for result in report.results):
+        console.print(line, style="dim", markup=False, highlight=False)
     for skipped in report.skipped:
         console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
     for reason in report.reasons:

@@ -17,12 +17,13 @@ from typing import Any
 from runtime_checks.artefacts import open_artefact
 from runtime_checks.costs import costs_of
 from runtime_checks.diagnosis.examine import Examiner
+from runtime_checks.kept import Kept
 from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol, read_text
 from runtime_checks.reference import Reference
 from runtime_checks.runtimes import runtimes_for
-from runtime_checks.schema import Comparison, Report, Skipped, Tolerance
+from runtime_checks.schema import Comparison, Report, Result, Skipped, Tolerance
 from runtime_checks.subject import Subject
 from runtime_checks.throughput import interleave
 from sola_edge.checkpoint import load_tokenizer
@@ -65,10 +66,12 @@ def check_parity(
     scratch: Path | None = None,
     asked: Tolerance | None = None,
     comparison: Comparison = "export parity",
+    kept: Kept | None = None,
 ) -> Report:
     """Compare every candidate, in every runtime that takes it, with the reference on the same ids.
 
-    asked: limits that stand before the precisions' own; see `schema.Parity` for the two comparisons.
+    asked: limits that stand before the precisions' own; see `schema.Parity` for the two comparisons. kept: where results of
+    earlier runs are, to be used again.
     Raises UserError for bad input (missing paths, short text, no runtime for the reference, too little disk).
     """
     threads = checked_threads(threads)
@@ -79,9 +82,19 @@ def check_parity(
     tokenizer = load_tokenizer(Path(tokenizer_from or reference))
     protocol = make_protocol(text, tokenizer, context, windows, text_name)
     examiner = Examiner(first.artefact, tokenizer, read_text(text)[1], weights=comparison == "export parity")
+    question = {
+        "protocol": protocol.record().model_dump(),
+        "asked": asked.model_dump() if asked else None,
+        "comparison": comparison,
+    }
+    earlier = Earlier(kept, threads, question, [Path(reference), *([Path(tokenizer_from)] if tokenizer_from else [])])
+    if all(earlier.find(s) for s in (first, *subjects)):
+        return new_report(threads, protocols=[protocol.record()], results=earlier.results, skipped=skipped)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="sola-edge-") as folder:
         logits = reference_logits(first, protocol, threads, Path(folder))
         for subject in subjects:
+            if earlier.find(subject):
+                continue
             try:
                 with ExitStack() as stack:
                     subject.start(stack, threads, context)
@@ -89,9 +102,46 @@ def check_parity(
                     examiner.examine(subject, protocol, Path(folder))
             except CheckError as error:
                 subject.reasons.append(str(error))
-    results = [s.result() for s in (first, *subjects)]
-    skipped += examiner.skipped
-    return new_report(threads, protocols=[protocol.record()], results=results, skipped=skipped)
+    results = [earlier.find(s) or s.result() for s in (first, *subjects)]
+    report = new_report(threads, protocols=[protocol.record()], results=results, skipped=skipped + examiner.skipped)
+    if not examiner.skipped:  # what could not be compared is noted there, and would be forgotten
+        earlier.keep([first, *subjects], report)
+    return report
+
+
+class Earlier:
+    """What is kept of subjects that were asked the same question, under the hashes of those files."""
+
+    def __init__(self, kept: Kept | None, threads: int, question: dict[str, Any], files: list[Path]) -> None:
+        self.kept, self.threads, self.question, self.files = kept, threads, question, files
+        self._found: dict[int, Result | None] = {}
+
+    @property
+    def results(self) -> list[Result]:
+        """All that were found, in the order of asking."""
+        return [result for result in self._found.values() if result is not None]
+
+    def find(self, subject: Subject) -> Result | None:
+        """The result of an earlier run, as of this artefact."""
+        if self.kept is None:
+            return None
+        if id(subject) not in self._found:
+            found = self.kept.find(Result, self._place(self.kept, subject))
+            path = str(subject.artefact.path)
+            self._found[id(subject)] = found.model_copy(update={"artefact": path}) if found else None
+        return self._found[id(subject)]
+
+    def keep(self, subjects: list[Subject], report: Report) -> None:
+        """Keep what this run measured, but for runtimes that failed: they may not fail again."""
+        for subject, result in zip(subjects, report.results, strict=True):
+            if self.kept is not None and result.measured is None and not subject.reasons:
+                kept = result.model_copy(update={"measured": report.created})
+                self.kept.keep(kept, self._place(self.kept, subject))
+
+    def _place(self, kept: Kept, subject: Subject) -> Path:
+        files = [kept.hashes(path) for path in self.files]
+        name = subject.artefact.path.name  # a file's name says a type too, which is compared
+        return kept.place(subject.artefact, subject.row.name, self.threads, files=files, name=name, **self.question)
 
 
 def reference_subject(path: Path, skipped: list[Skipped]) -> Subject:
@@ -189,21 +239,30 @@ def measure_perplexity(
     windows: int | None = None,
     threads: int | None = None,
     tokenizer_from: Path | None = None,
+    kept: Kept | None = None,
 ) -> Report:
-    """Perplexity of one artefact in its plainest runtime. Raises UserError; a runtime that fails is a failed result."""
+    """Perplexity of one artefact in its plainest runtime, of an earlier run where it is kept.
+
+    Raises UserError; a runtime that fails is a failed result.
+    """
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
     subjects = subjects_of("", Path(path), skipped, every_runtime=False)
     if not subjects:
         raise UserError(f"{path} cannot be run: {skipped[-1].reason if skipped else 'no runtime takes it'}")
     protocol = make_protocol(text, load_tokenizer(Path(tokenizer_from or path)), context, windows, text_name)
+    earlier = Earlier(kept, threads, {"protocol": protocol.record().model_dump(), "comparison": None}, [])
+    if earlier.find(subjects[0]):
+        return new_report(threads, protocols=[protocol.record()], results=earlier.results)
     try:
         with ExitStack() as stack:
             subjects[0].start(stack, threads, context)
             subjects[0].score(protocol)
     except CheckError as error:
         subjects[0].reasons.append(str(error))
-    return new_report(threads, protocols=[protocol.record()], results=[subjects[0].result()])
+    report = new_report(threads, protocols=[protocol.record()], results=[subjects[0].result()])
+    earlier.keep(subjects, report)
+    return report
 
 
 def notes() -> list[str]:

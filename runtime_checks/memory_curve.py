@@ -5,12 +5,14 @@ those. Its peak is read twice: by the process itself, and by the system when it 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from runtime_checks.artefacts import open_artefact
 from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, WARM_UP, subjects_of
 from runtime_checks.frozen import Frozen
+from runtime_checks.kept import Kept
 from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.memory_model import expected_memory
 from runtime_checks.process import CheckError, Child
@@ -27,12 +29,17 @@ SYSTEM_TOLERANCE = 0.03  # how far the process's own peak may be from the system
 
 
 class MemoryPoint(Frozen):
-    """One length of context. expected: bytes by part, see memory_model.py. system_peak: wait4's, null where there is none."""
+    """One length of context. expected: bytes by part, see memory_model.py. system_peak: wait4's, null where there is none.
+
+    measured: when (UTC, ISO 8601), where an earlier run's figures were used again.
+    """
 
     context: int
     memory: Memory
     system_peak: int | None
     expected: dict[str, int]
+    version: str  # of the runtime
+    measured: str | None = None
 
     @property
     def off(self) -> float:
@@ -83,10 +90,12 @@ def memory_curves(
     threads: int | None = None,
     tolerance: float = TOLERANCE,
     runtimes: Sequence[str] | None = None,
+    kept: Kept | None = None,
 ) -> MemoryReport:
     """Every file in every runtime that takes it (of `runtimes`, where given) at every length.
 
-    Raises UserError for bad input; a runtime that fails is a reason in its curve.
+    kept: where results of earlier runs are, to be used again. Raises UserError for bad input; a runtime that fails is a reason
+    in its curve.
     """
     if not contexts or min(contexts) <= WARM_UP:
         raise UserError(f"context {min(contexts, default=0)} is out of range: give at least {WARM_UP + 1} tokens")
@@ -102,20 +111,44 @@ def memory_curves(
         raise UserError(
             f"nothing can be run: {skipped[-1].reason if skipped else 'no runtime that was named takes it'}"
         )
+    record = run_record(threads)
+    earlier = _Earlier(kept, threads, record["created"])
     return MemoryReport(
-        **run_record(threads),
+        **record,
         packages=packages(),
         tolerance=tolerance,
-        curves=[_curve(s, shapes[s.artefact.path], contexts, threads, tolerance) for s in subjects],
+        curves=[_curve(s, shapes[s.artefact.path], contexts, earlier, tolerance) for s in subjects],
         skipped=skipped,
     )
 
 
-def _curve(subject: Subject, shapes: Shapes, contexts: Sequence[int], threads: int, tolerance: float) -> MemoryCurve:
+@dataclass(frozen=True)
+class _Earlier:
+    """Points that are kept, and this run's, which will be."""
+
+    kept: Kept | None
+    threads: int
+    created: str
+
+    def point(self, subject: Subject, shapes: Shapes, context: int) -> MemoryPoint:
+        """Raises CheckError where it has to be measured and the runtime fails."""
+        if self.kept is None:
+            return _point(subject, shapes, context, self.threads)
+        place = self.kept.place(subject.artefact, subject.row.name, self.threads, context=context, warm_up=WARM_UP)
+        found = self.kept.find(MemoryPoint, place)
+        if found is None:
+            found = _point(subject, shapes, context, self.threads)
+            self.kept.keep(found.model_copy(update={"measured": self.created}), place)
+        return found
+
+
+def _curve(
+    subject: Subject, shapes: Shapes, contexts: Sequence[int], earlier: _Earlier, tolerance: float
+) -> MemoryCurve:
     points, reasons = [], []
     for context in track(list(contexts), f"memory of {subject.artefact.path.name} in {subject.row.name}"):
         try:
-            points.append(_point(subject, shapes, context, threads))
+            points.append(earlier.point(subject, shapes, context))
         except CheckError as error:
             reasons.append(f"{context} tokens: {error}")
     for point in points:
@@ -131,7 +164,7 @@ def _curve(subject: Subject, shapes: Shapes, contexts: Sequence[int], threads: i
         precision=subject.precision,
         bytes=subject.artefact.bytes,
         runtime=subject.row.name,
-        version=subject.version,
+        version=points[0].version if points else "",
         points=points,
         reasons=reasons,
     )
@@ -142,7 +175,12 @@ def _point(subject: Subject, shapes: Shapes, context: int, threads: int) -> Memo
     with Child(subject.row, subject.artefact.path, threads, context, counted=True) as child:
         covers = f"loading for {context} tokens, a prompt of {prompt}, {WARM_UP} decoded"
         memory = memory_of(child, random_prompt(prompt, VOCABULARY_OF_ANY_MODEL), WARM_UP, covers)
-    subject.version = child.loaded["version"]
     name, artefact = subject.row.name, subject.artefact
     expected = expected_memory(name, artefact, shapes, context, prompt, memory.baseline, memory.parts)
-    return MemoryPoint(context=context, memory=memory, system_peak=child.system_peak, expected=expected)
+    return MemoryPoint(
+        context=context,
+        memory=memory,
+        system_peak=child.system_peak,
+        expected=expected,
+        version=child.loaded["version"],
+    )

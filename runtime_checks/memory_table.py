@@ -6,7 +6,7 @@ from rich.console import Console
 
 from runtime_checks.grids import print_grid
 from runtime_checks.memory_curve import MemoryCurve, MemoryPoint, MemoryReport
-from runtime_checks.summary import DASH, megabytes
+from runtime_checks.summary import DASH, megabytes, reused
 
 PARTS = {
     "runtime": "runtime",
@@ -35,6 +35,8 @@ def print_memory(report: MemoryReport, console: Console | None = None) -> None:
         print_grid(console, HEADS, map(_row, curve.points))
         print_grid(console, ("MB of", *PARTS.values()), map(_parts, curve.points))
     console.print(EXPLAINED, style="dim", markup=False, highlight=False)
+    for line in reused(point.measured for curve in report.curves for point in curve.points):
+        console.print(line, style="dim", markup=False, highlight=False)
     for skipped in report.skipped:
         console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
     for curve in report.curves:

@@ -149,7 +149,7 @@ class Finding(Frozen):
 
 
 class Result(Frozen):
-    """One artefact in one runtime."""
+    """One artefact in one runtime. measured: when (UTC, ISO 8601), where an earlier run's figures were used again."""
 
     model: str
     artefact: str
@@ -168,6 +168,7 @@ class Result(Frozen):
     findings: list[Finding] = Field(default_factory=list)
     passed: bool = True
     reasons: list[str] = Field(default_factory=list)
+    measured: str | None = None
 
 
 class Cost(Frozen):

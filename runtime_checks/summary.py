@@ -151,6 +151,17 @@ def warnings(report: Report) -> list[str]:
     return []
 
 
+def reused(moments: Iterable[str | None]) -> list[str]:
+    """A line about results that were measured by an earlier run, by when that was; none where all are of this run."""
+    every = list(moments)
+    earlier = sorted(moment for moment in every if moment)
+    if not earlier:
+        return []
+    return [
+        f"{len(earlier)} of {len(every)} results are kept of earlier runs, the oldest of {earlier[0]}; --fresh measures anew."
+    ]
+
+
 def cards(report: Report) -> list[Card]:
     """How much smaller, how much faster, at what cost: one set per compressed model."""
     found = []

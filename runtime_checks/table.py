@@ -6,7 +6,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from runtime_checks.schema import Report, Result
-from runtime_checks.summary import DASH, by_runtime, cards, continuations, failures, megabytes, row, verdict, warnings
+from runtime_checks.summary import (
+    DASH,
+    by_runtime,
+    cards,
+    continuations,
+    failures,
+    megabytes,
+    reused,
+    row,
+    verdict,
+    warnings,
+)
 
 COST = ("Runtime", "Model", "Size", "Peak", "Prefill tok/s", "Decode tok/s")
 QUALITY = ("Perplexity", "KL to reference", "Same top-1", "Check")
@@ -32,6 +43,8 @@ def print_table(report: Report, console: Console | None = None) -> None:
             console.print(f"  {note}", markup=False, highlight=False, style="dim")
     for skipped in report.skipped:
         console.print(f"skipped: {skipped.what}: {skipped.reason}", markup=False, highlight=False, style="yellow")
+    for line in reused(result.measured for result in report.results):
+        console.print(line, markup=False, highlight=False, style="dim")
     for line in failures(report):
         console.print(line, markup=False, highlight=False, style="red")
     for line in warnings(report):

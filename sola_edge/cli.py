@@ -21,6 +21,7 @@ from sola_edge.cli_options import (
     Calibration,
     CorrectionWindows,
     Device,
+    Fresh,
     GradientWindows,
     Json,
     Text,
@@ -308,6 +309,7 @@ def check_parity(
     ] = None,
     threads: Threads = None,
     output: Output = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Compare exported files with a reference on the same token ids: perplexity, KL divergence, top-1 and top-5 agreement.
@@ -315,6 +317,7 @@ def check_parity(
     Example: sola-edge check parity build/small build/small-onnx build/small.gguf --text notes.txt
     """
     from runtime_checks import check_parity as run
+    from runtime_checks.kept import Kept
     from runtime_checks.parity import limits
     from sola_edge.texts import load_text
 
@@ -331,6 +334,7 @@ def check_parity(
         tokenizer_from=tokenizer,
         asked=asked,
         comparison="compression cost" if compression_cost else "export parity",
+        kept=Kept(fresh=fresh),
     )
     _finish(report, output, as_json)
 
@@ -380,6 +384,7 @@ def check_perplexity(
     windows: Annotated[int | None, typer.Option(help="Windows to score; default: the whole text.")] = None,
     threads: Threads = None,
     output: Output = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Perplexity of one file in its own runtime, over non-overlapping windows without BOS.
@@ -387,11 +392,13 @@ def check_perplexity(
     Example: sola-edge check perplexity build/small --text notes.txt --windows 40
     """
     from runtime_checks import measure_perplexity
+    from runtime_checks.kept import Kept
     from sola_edge.texts import load_text
 
     source = load_text(text)
     named = {"text_name": source.name, "context": context, "windows": windows, "threads": threads}
-    _finish(measure_perplexity(artefact, source.joined, **named), output, as_json)
+    report = measure_perplexity(artefact, source.joined, **named, kept=Kept(fresh=fresh))
+    _finish(report, output, as_json)
 
 
 @check_app.command("tasks")

@@ -10,6 +10,7 @@ from sola_edge.cli_options import (
     Calibration,
     CorrectionWindows,
     Device,
+    Fresh,
     GradientWindows,
     Json,
     Text,
@@ -120,6 +121,7 @@ def memory_(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
     ] = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Resident peak over lengths of context in fresh processes, beside what the shapes in the file say it should be.
@@ -129,10 +131,13 @@ def memory_(
     lengths = counts(contexts, "contexts")
     only = items(runtimes, "runtimes") if runtimes else None
     from runtime_checks.json_file import write_model
+    from runtime_checks.kept import Kept
     from runtime_checks.memory_curve import memory_curves
     from runtime_checks.memory_table import print_memory
 
-    report = memory_curves(artefacts, lengths, threads=threads, tolerance=tolerance, runtimes=only)
+    report = memory_curves(
+        artefacts, lengths, threads=threads, tolerance=tolerance, runtimes=only, kept=Kept(fresh=fresh)
+    )
     if output is not None:
         write_model(report, output)
     if as_json:
@@ -204,6 +209,7 @@ def accuracy(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
     ] = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Zero-shot accuracy by lm-evaluation-harness, of checkpoints and of exported files in their own runtimes.
@@ -215,8 +221,12 @@ def accuracy(
     from runtime_checks.accuracy import measure_accuracy
     from runtime_checks.accuracy_table import print_accuracy
     from runtime_checks.json_file import write_model
+    from runtime_checks.kept import Kept
 
-    report = measure_accuracy(artefacts, asked, limit=limit, threads=threads, runtimes=only, tokenizer_from=tokenizer)
+    kept = Kept(fresh=fresh, more_packages=("lm-eval",))
+    report = measure_accuracy(
+        artefacts, asked, limit=limit, threads=threads, runtimes=only, tokenizer_from=tokenizer, kept=kept
+    )
     if output is not None:
         write_model(report, output)
     if as_json:

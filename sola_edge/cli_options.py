@@ -22,6 +22,7 @@ CorrectionWindows = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda: where statistics and linear algebra run.")]
 Text = Annotated[str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure anew what an earlier run has measured already.")]
 Threads = Annotated[int | None, typer.Option(help="Threads per runtime; default: one per core.")]
 
 

@@ -40,6 +40,7 @@ def own_statistics(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 
     monkeypatch.setattr("sola_edge.collect.cache_folder", cache_folder)
     monkeypatch.setattr("sola_edge.compress.cache_folder", cache_folder)
+    monkeypatch.setattr("runtime_checks.kept.cache_folder", cache_folder)
 
 
 @pytest.fixture(scope="session")
