@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/sola-edge demo --out build/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

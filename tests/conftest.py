@@ -29,6 +29,15 @@ CORES = own_cores()
 torch.set_num_threads(1)  # tiny models: threads would only wait for one another
 
 
+LONGEST = ("test_smollm2.py", "test_readme.py", "test_onnx.py", "test_gguf.py", "test_checks.py", "test_diagnosis.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first, so that no process of several is left alone with one of them at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def own_statistics(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics and work in progress of a test go to a folder of its own: nothing is found that another run left."""

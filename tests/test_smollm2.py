@@ -28,7 +28,7 @@ finally:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory as Linux tells it")
 def test_compression_meets_the_rate_within_its_memory(smollm2_gguf: Path, tmp_path: Path) -> None:
-    options = ["--rate", "0.2", "--window", "512", "--windows", "16", "--correction-windows", "4", "--json"]
+    options = ["--rate", "0.2", "--window", "512", "--windows", "8", "--correction-windows", "2", "--json"]
     command = [sys.executable, "-c", MEASURED, "compress", str(smollm2_gguf), str(tmp_path / "small"), *options]
     own_cache = os.environ | {"SOLA_EDGE_CACHE": str(tmp_path / "cache")}  # nothing is found there: all is computed
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=own_cache)
