@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
+import factor_bits
 import fuzz_llama_cpp
 import llama_cpp_speed
 import onnx_export
@@ -193,3 +195,15 @@ def test_a_stack_tells_who_is_to_blame() -> None:
         fuzz_llama_cpp.OURS in stack and fuzz_llama_cpp.blamed(stack) == "llama_factors::create (llama-factors.cpp:77)"
     )
     assert fuzz_llama_cpp.blamed("") == "unknown ()"
+
+
+def test_kinds_of_parts_are_rounded_alone(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "hybrid", compressed=True)
+    rows = factor_bits.measure(checkpoint, "python-docstrings", 32, 2, ["q8_0", "q4_0"])
+    assert [row["kind"] for row in rows] == ["whole", "prime", "A", "B", "all"] * 2
+    sizes = {row["kind"]: row["parameters"] for row in rows[:5]}
+    found = open_checkpoint(checkpoint)
+    matrices = sum(math.prod(found.shape(n)) for n in found.names() if len(found.shape(n)) == 2 and "embed" not in n)
+    assert sum(sizes.values()) == 2 * sizes["all"] == 2 * matrices
+    for fine, coarse in zip(rows[:5], rows[5:], strict=True):
+        assert 0 < fine["kl"] < coarse["kl"] and fine["bytes"] > coarse["bytes"]
