@@ -199,7 +199,9 @@ def test_a_stack_tells_who_is_to_blame() -> None:
 
 def test_kinds_of_parts_are_rounded_alone(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "hybrid", compressed=True)
-    rows = factor_bits.measure(checkpoint, "python-docstrings", 32, 2, ["q8_0", "q4_0"])
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat and looked at the birds in the old tree. " * 8)
+    rows = factor_bits.measure(checkpoint, str(text), 32, 2, ["q8_0", "q4_0"])
     assert [row["kind"] for row in rows] == ["whole", "prime", "A", "B", "all"] * 2
     sizes = {row["kind"]: row["parameters"] for row in rows[:5]}
     found = open_checkpoint(checkpoint)
