@@ -76,8 +76,9 @@ def measure_accuracy(
         reason = skipped[-1].reason if skipped else "no runtime that was named takes it"
         raise UserError(f"nothing can be run: {reason}")
     asked = _tasks(tasks, limit)
+    tokenizers = {s.artefact.path: load_tokenizer(tokenizer_from or s.artefact.path) for s in subjects}
     record = run_record(threads)
-    run = _Run(asked, limit, threads, tokenizer_from, kept, record["created"])
+    run = _Run(asked, limit, threads, tokenizers, tokenizer_from, kept, record["created"])
     results = [result for subject in subjects for result in run.measure(subject)]
     first = {r.task: r for r in results if (r.artefact, r.runtime) == _key(subjects[0])}
     return AccuracyReport(
@@ -110,6 +111,11 @@ def _tasks(names: Sequence[str], limit: int | None) -> list[_Asked]:
         else:
             made, source, sha256 = named_task(name), "lm-evaluation-harness", None
         found.append(_Asked(made, asked_of(made, source, sha256, limit)))
+    named = [one.described.name for one in found]
+    if len(set(named)) < len(named):
+        raise UserError(
+            f"two tasks are called alike ({', '.join(named)}): give each once, files under names of their own"
+        )
     return found
 
 
@@ -120,6 +126,7 @@ class _Run:
     asked: list[_Asked]
     limit: int | None
     threads: int
+    tokenizers: dict[Path, Any]
     tokenizer_from: Path | None
     kept: Kept | None
     created: str
@@ -147,14 +154,14 @@ class _Run:
 
     def _place(self, kept: Kept, subject: Subject, one: _Asked) -> Path:
         tokenizer = kept.hashes(self.tokenizer_from) if self.tokenizer_from else None
-        task = one.described.model_dump(exclude={"source"} if one.described.sha256 else None)
+        task = one.described.model_dump(exclude={"source"})
         return kept.place(subject.artefact, subject.row.name, self.threads, task=task, tokenizer=tokenizer)
 
     def _ask(self, subject: Subject, missing: list[_Asked]) -> Iterator[tuple[_Asked, AccuracyResult]]:
         """Raises CheckError where the runtime fails, or a likelihood is not finite."""
         if not missing:
             return
-        with _model(subject, self.threads, self.tokenizer_from) as model:
+        with _model(subject, self.threads, self.tokenizers[subject.artefact.path]) as model:
             for one in missing:
                 start = time.perf_counter()
                 found = evaluate(model, one.task, self.limit)
@@ -203,10 +210,9 @@ def _paired(first: AccuracyResult | None, result: AccuracyResult) -> AccuracyRes
 
 
 @contextmanager
-def _model(subject: Subject, threads: int, tokenizer_from: Path | None) -> Iterator[Any]:
+def _model(subject: Subject, threads: int, tokenizer: Any) -> Iterator[Any]:
     """What the harness asks."""
     path = subject.artefact.path
-    tokenizer = load_tokenizer(tokenizer_from or path)
     if subject.artefact.kind == "checkpoint":
         with loaded(open_checkpoint(path)) as model:
             import transformers

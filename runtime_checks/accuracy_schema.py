@@ -8,11 +8,14 @@ from runtime_checks.task_schema import Difference, Share
 
 
 class AskedTask(Frozen):
-    """A task. source: the file of its questions, or lm-evaluation-harness; version: the harness's, of a task of its own."""
+    """A task. source: the file of its questions, or lm-evaluation-harness; version: the harness's, of a task of its own.
+
+    sha256: of the file, or of the questions that the harness has.
+    """
 
     name: str
     source: str
-    sha256: str | None  # of the file
+    sha256: str
     version: str
     questions: int  # that were asked
 

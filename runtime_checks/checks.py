@@ -17,6 +17,7 @@ from typing import Any
 from runtime_checks.artefacts import open_artefact
 from runtime_checks.costs import costs_of
 from runtime_checks.diagnosis.examine import Examiner
+from runtime_checks.frozen import Frozen
 from runtime_checks.kept import Kept
 from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.process import CheckError
@@ -88,13 +89,16 @@ def check_parity(
         "comparison": comparison,
     }
     earlier = Earlier(kept, threads, question, [Path(reference), *([Path(tokenizer_from)] if tokenizer_from else [])])
-    if all(earlier.find(s) for s in (first, *subjects)):
-        return new_report(threads, protocols=[protocol.record()], results=earlier.results, skipped=skipped)
+    found = {id(s): earlier.find(s, s is first) for s in (first, *subjects)}
+    missing = [s for s in (first, *subjects) if found[id(s)] is None]
     with tempfile.TemporaryDirectory(dir=scratch, prefix="sola-edge-") as folder:
-        logits = reference_logits(first, protocol, threads, Path(folder))
-        for subject in subjects:
-            if earlier.find(subject):
+        if missing:
+            logits = reference_logits(first, protocol, threads, Path(folder))
+            found[id(first)] = earlier.keep(first, [], True)
+        for subject in missing:
+            if subject is first:
                 continue
+            noted = len(examiner.skipped)
             try:
                 with ExitStack() as stack:
                     subject.start(stack, threads, context)
@@ -102,46 +106,57 @@ def check_parity(
                     examiner.examine(subject, protocol, Path(folder))
             except CheckError as error:
                 subject.reasons.append(str(error))
-    results = [earlier.find(s) or s.result() for s in (first, *subjects)]
-    report = new_report(threads, protocols=[protocol.record()], results=results, skipped=skipped + examiner.skipped)
-    if not examiner.skipped:  # what could not be compared is noted there, and would be forgotten
-        earlier.keep([first, *subjects], report)
-    return report
+            found[id(subject)] = earlier.keep(subject, examiner.skipped[noted:], False)
+    of_all = [one for one in found.values() if one is not None]
+    skipped += [note for one in of_all for note in one.skipped]
+    results = [one.result for one in of_all]
+    return new_report(threads, protocols=[protocol.record()], results=results, skipped=skipped)
+
+
+class KeptResult(Frozen):
+    """A result, and what could not be compared of its artefact."""
+
+    result: Result
+    skipped: list[Skipped]
 
 
 class Earlier:
-    """What is kept of subjects that were asked the same question, under the hashes of those files."""
+    """What is kept of subjects that were asked the same question, beside the same files (a reference, a tokenizer)."""
 
     def __init__(self, kept: Kept | None, threads: int, question: dict[str, Any], files: list[Path]) -> None:
         self.kept, self.threads, self.question, self.files = kept, threads, question, files
-        self._found: dict[int, Result | None] = {}
 
-    @property
-    def results(self) -> list[Result]:
-        """All that were found, in the order of asking."""
-        return [result for result in self._found.values() if result is not None]
-
-    def find(self, subject: Subject) -> Result | None:
-        """The result of an earlier run, as of this artefact."""
+    def find(self, subject: Subject, reference: bool = False) -> KeptResult | None:
+        """The result of an earlier run, under the paths of this one."""
         if self.kept is None:
             return None
-        if id(subject) not in self._found:
-            found = self.kept.find(Result, self._place(self.kept, subject))
-            path = str(subject.artefact.path)
-            self._found[id(subject)] = found.model_copy(update={"artefact": path}) if found else None
-        return self._found[id(subject)]
+        found = self.kept.find(KeptResult, self._place(self.kept, subject, reference))
+        if found is None:
+            return None
+        parity = found.result.parity
+        if parity is not None:
+            parity = parity.model_copy(update={"reference": str(self.files[0])})
+        paths = {"artefact": str(subject.artefact.path), "parity": parity}
+        return found.model_copy(update={"result": found.result.model_copy(update=paths)})
 
-    def keep(self, subjects: list[Subject], report: Report) -> None:
-        """Keep what this run measured, but for runtimes that failed: they may not fail again."""
-        for subject, result in zip(subjects, report.results, strict=True):
-            if self.kept is not None and result.measured is None and not subject.reasons:
-                kept = result.model_copy(update={"measured": report.created})
-                self.kept.keep(kept, self._place(self.kept, subject))
+    def keep(self, subject: Subject, skipped: list[Skipped], reference: bool = False) -> KeptResult:
+        """What this run measured, kept but where the runtime failed: it may not fail again."""
+        measured = KeptResult(result=subject.result(), skipped=skipped)
+        if self.kept is not None and not subject.reasons:
+            moment = run_record(self.threads)["created"]
+            dated = measured.result.model_copy(update={"measured": moment})
+            place = self._place(self.kept, subject, reference)
+            self.kept.keep(measured.model_copy(update={"result": dated}), place)
+        return measured
 
-    def _place(self, kept: Kept, subject: Subject) -> Path:
-        files = [kept.hashes(path) for path in self.files]
-        name = subject.artefact.path.name  # a file's name says a type too, which is compared
-        return kept.place(subject.artefact, subject.row.name, self.threads, files=files, name=name, **self.question)
+    def _place(self, kept: Kept, subject: Subject, reference: bool) -> Path:
+        asked = {
+            **self.question,
+            "beside": [kept.hashes(path) for path in self.files],
+            "role": "reference" if reference else "candidate",
+            "name": subject.artefact.path.name,  # it says a type too, which is compared
+        }
+        return kept.place(subject.artefact, subject.row.name, self.threads, **asked)
 
 
 def reference_subject(path: Path, skipped: list[Skipped]) -> Subject:
@@ -252,17 +267,16 @@ def measure_perplexity(
         raise UserError(f"{path} cannot be run: {skipped[-1].reason if skipped else 'no runtime takes it'}")
     protocol = make_protocol(text, load_tokenizer(Path(tokenizer_from or path)), context, windows, text_name)
     earlier = Earlier(kept, threads, {"protocol": protocol.record().model_dump(), "comparison": None}, [])
-    if earlier.find(subjects[0]):
-        return new_report(threads, protocols=[protocol.record()], results=earlier.results)
-    try:
-        with ExitStack() as stack:
-            subjects[0].start(stack, threads, context)
-            subjects[0].score(protocol)
-    except CheckError as error:
-        subjects[0].reasons.append(str(error))
-    report = new_report(threads, protocols=[protocol.record()], results=[subjects[0].result()])
-    earlier.keep(subjects, report)
-    return report
+    found = earlier.find(subjects[0])
+    if found is None:
+        try:
+            with ExitStack() as stack:
+                subjects[0].start(stack, threads, context)
+                subjects[0].score(protocol)
+        except CheckError as error:
+            subjects[0].reasons.append(str(error))
+        found = earlier.keep(subjects[0], [])
+    return new_report(threads, protocols=[protocol.record()], results=[found.result])
 
 
 def notes() -> list[str]:

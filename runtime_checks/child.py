@@ -57,10 +57,10 @@ class Session:
         self.runtime.reset()
         return {"prefill": prefill, "decode": self.runtime.decode(generate)}
 
-    def batch(self, prompt: list[int], generate: int, sequences: int) -> dict[str, float]:
-        """Seconds until all sequences have their first new token, and of the greedy steps from there."""
-        first, decode = self.runtime.batch(prompt, generate, sequences)
-        return {"first": first, "decode": decode}
+    def batch(self, prompt: list[int], generate: int, sequences: int) -> dict[str, Any]:
+        """Seconds until all sequences have their first new token, and of the greedy steps from there; what each chose."""
+        first, decode, chosen = self.runtime.batch(prompt, generate, sequences)
+        return {"first": first, "decode": decode, "chosen": chosen}
 
     def continuation(self, ids: list[int], count: int) -> dict[str, Any]:
         """Log-likelihood of the last `count` ids (null where not finite), and whether each was the likeliest."""

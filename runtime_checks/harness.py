@@ -1,8 +1,9 @@
 """lm-evaluation-harness: tasks made of files, and models that it can ask, in transformers and in any runtime here."""
 
+import hashlib
+import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from sola_edge.errors import UserError
 from sola_edge.progress import track
 
 try:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars; ours are enough
     from lm_eval import evaluator
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.task import ConfigurableTask
@@ -91,28 +91,34 @@ def named_task(name: str) -> ConfigurableTask:
             raise UserError(
                 f"lm-evaluation-harness has no task {name!r}; name one of its tasks, or a .jsonl file of questions"
             )
+        load = manager.load
         try:
-            found = manager.load([name])["tasks"][name]
+            found = load([name])["tasks"][name]
         except Exception as error:  # the hub's and the network's errors are many
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"the data of {name} cannot be fetched ({line}); give its questions as a .jsonl file"
             ) from error
-    if found.OUTPUT_TYPE != "multiple_choice":
-        raise UserError(f"{name} is no multiple-choice task; name one that is, such as arc_easy, piqa or winogrande")
+    if found.OUTPUT_TYPE != "multiple_choice" or not _means(found):
+        raise UserError(
+            f"{name} is no multiple-choice task that is told by a mean over questions; name one that is, such as arc_easy, "
+            "piqa or winogrande"
+        )
     return found
+
+
+def _means(task: ConfigurableTask) -> list[str]:
+    """The metrics that are means over questions; others (F1, MCC, …) have no figure for a question."""
+    return [name for name, total in task.aggregation().items() if getattr(total, "__name__", "") == "mean"]
 
 
 def asked_of(task: ConfigurableTask, source: str, sha256: str | None, limit: int | None) -> AskedTask:
     """What a report says of a task."""
-    questions = len(task.eval_docs)
-    return AskedTask(
-        name=task.task_name,
-        source=source,
-        sha256=sha256,
-        version=str(task.VERSION),
-        questions=min(questions, limit or questions),
-    )
+    questions = min(len(task.eval_docs), limit or len(task.eval_docs))
+    if sha256 is None:
+        docs = [task.eval_docs[number] for number in range(questions)]
+        sha256 = hashlib.sha256(json.dumps(docs, sort_keys=True, default=str).encode()).hexdigest()
+    return AskedTask(name=task.task_name, source=source, sha256=sha256, version=str(task.VERSION), questions=questions)
 
 
 def transformers_model(model: Any, tokenizer: Any) -> HFLM:
@@ -124,7 +130,8 @@ def transformers_model(model: Any, tokenizer: Any) -> HFLM:
 class RuntimeModel(TemplateLM):
     """A file in a runtime: a child process for every task, loaded for its longest text.
 
-    It answers what multiple choice asks, the likelihood of a continuation. Raises CheckError where the runtime fails.
+    It answers what multiple choice asks, the likelihood of a continuation. No text is cut. Raises CheckError where the runtime
+    fails.
     """
 
     def __init__(self, subject: Subject, tokenizer: Any, threads: int) -> None:
@@ -133,8 +140,14 @@ class RuntimeModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The end of a text."""
         return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a continuation that has nothing before it, as in the harness's own back end."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else int(begin)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Without special tokens."""
@@ -165,9 +178,11 @@ class RuntimeModel(TemplateLM):
 def evaluate(model: Any, task: ConfigurableTask, limit: int | None) -> Evaluated:
     """Ask a model all questions of a task, by the harness's own evaluator."""
     with _quiet():
-        found = evaluator.simple_evaluate(model, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True)
+        found = evaluator.simple_evaluate(
+            model, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=True
+        )
     samples = found["samples"][task.task_name]
-    metrics = {name: [float(sample[name]) for sample in samples] for name in samples[0]["metrics"]}
+    metrics = {name: [float(sample[name]) for sample in samples] for name in _means(task) if name in samples[0]}
     likelihoods = [float(answer[0]) for sample in samples for answer in sample["filtered_resps"]]
     return Evaluated(len(samples), metrics, likelihoods)
 

@@ -1,12 +1,13 @@
 """Results of earlier runs, in the cache folder: known by what they are of, and used again unless they are asked for afresh.
 
-A result is of an artefact's files (their hashes), a runtime, the versions of everything that computes, the processor, the
-threads, and what was asked. Speeds are not kept: they compare artefacts that took turns on one machine at one time.
+A result is of an artefact's files (their hashes), a runtime, this project's code, the versions of what computes, the processor,
+the threads, and what was asked. Speeds are not kept: they compare artefacts that took turns on one machine at one time.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +16,13 @@ from pydantic import BaseModel, ValidationError
 from runtime_checks.artefacts import Artefact
 from runtime_checks.machine import machine, packages
 from sola_edge.cache import cache_folder
+from sola_edge.errors import UserError
 from sola_edge.files import replace_file, sha256_file
 from sola_edge.gguf_source import shards
+from sola_edge.progress import console
 
-FORMAT = 1  # of what is measured and how: a change of either is another format
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("runtime_checks", "exporters", "sola_edge")  # whose code says what is measured and how
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -37,12 +41,13 @@ class Kept:
 
     def place(self, artefact: Artefact, runtime: str, threads: int, **asked: Any) -> Path:
         """The file of a result. asked: all that it depends on beside the artefact, as JSON has it."""
+        here = machine(threads)
         known = {
-            "format": FORMAT,
+            "code": code_hash(),
             "files": self.hashes(artefact.path),
             "runtime": runtime,
-            "packages": self.packages,
-            "processor": machine(threads).processor,
+            "packages": {**self.packages, "python": here.python},
+            "processor": here.processor,
             "threads": threads,
             "asked": asked,
         }
@@ -59,9 +64,22 @@ class Kept:
             return None
 
     def keep(self, found: BaseModel, place: Path) -> None:
-        """Keep a result. Raises UserError where the cache cannot be written."""
-        with replace_file(place) as partial:
-            partial.write_text(found.model_dump_json(), encoding="utf-8")
+        """Keep a result. Where the cache cannot be written, a line on stderr says so: what was measured is worth more."""
+        try:
+            with replace_file(place) as partial:
+                partial.write_text(found.model_dump_json(), encoding="utf-8")
+        except (UserError, OSError) as error:
+            console.print(f"the result is not kept for later runs: {error}", style="yellow", markup=False)
+
+
+@cache
+def code_hash() -> str:
+    """SHA-256 of this project's own Python files."""
+    total = hashlib.sha256()
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            total.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return total.hexdigest()
 
 
 def _files(path: Path) -> dict[Path, Path]:

@@ -2,9 +2,9 @@
 
 `python -m runtime_checks.limits THREADS` measures both in PyTorch and prints them as JSON; `machine_limits` does that in a
 process of its own, for the library's threads to be as many as asked. As STREAM (McCalpin) has it, arrays are at least four
-times the last cache, and the best of several runs counts: it is a limit. Bandwidth is that of the fastest of three kernels
-(bytes that they read and write, without what a processor reads in order to write): a sum, matrix × vector, which is what
-decoding does, and STREAM's triad.
+times the last caches, where memory allows, and the best of several runs counts: it is a limit. Bandwidth is that of the
+fastest of three kernels (bytes that they read and write, without what a processor reads in order to write): a sum, matrix ×
+vector, which is what decoding does, and STREAM's triad.
 """
 
 import json
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from runtime_checks.frozen import Frozen
+from sola_edge.errors import UserError
 
 LEAST, CACHES = 256_000_000, 4  # bytes of an array at least; times the last cache
 SIDE = 2048  # of the matrices that are multiplied
@@ -39,30 +40,41 @@ class Limits(Frozen):
 
 
 def machine_limits(threads: int) -> Limits:
-    """Measured in a fresh process, in some seconds. Raises RuntimeError where that process fails."""
+    """Measured in a fresh process, in some seconds. Raises UserError where that process fails."""
     pools = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     command = [sys.executable, "-m", "runtime_checks.limits", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **pools})
     if done.returncode != 0:
-        raise RuntimeError(f"the machine's limits could not be measured: {done.stderr.strip()[-200:]}")
+        last = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+        raise UserError(f"the machine's limits cannot be measured ({last}); free some memory, then run this again")
     return Limits.model_validate_json(done.stdout)
 
 
-def last_cache() -> int:
-    """Bytes of the largest cache that Linux tells of, 0 where it tells of none."""
-    sizes = [0]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
-        sizes.append(int(text.rstrip("KMG")) * unit)
-    return max(sizes)
+def last_caches(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of the last caches of all cores that we may use, each counted once; 0 where Linux tells of none."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    found: dict[str, tuple[int, int]] = {}
+    for core in cores:
+        levels = [_cache(folder) for folder in (root / f"cpu{core}" / "cache").glob("index*")]
+        if levels:
+            level, size, shared = max(levels)
+            found[shared] = (level, size)
+    return sum(size for _, size in found.values())
+
+
+def _cache(folder: Path) -> tuple[int, int, str]:
+    """Its level, bytes, and the cores that share it."""
+    text = (folder / "size").read_text().strip()
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1)
+    level, shared = ((folder / name).read_text().strip() for name in ("level", "shared_cpu_list"))
+    return int(level), int(text.rstrip("KMG")) * unit, shared
 
 
 def array_bytes() -> int:
-    """Of the arrays that are read: past the caches, and no more than a sixteenth of the memory that is free."""
+    """Of the arrays that are read: past the caches, but no more than a sixteenth of the memory that is free."""
     import psutil
 
-    return min(max(LEAST, CACHES * last_cache()), psutil.virtual_memory().available // 16)
+    return min(max(LEAST, CACHES * last_caches()), psutil.virtual_memory().available // 16)
 
 
 def _best(run: Callable[[], object]) -> float:

@@ -18,6 +18,7 @@ PACKAGES = (
     "sola-edge",
     "torch",
     "transformers",
+    "tokenizers",
     "numpy",
     "onnx",
     "onnxruntime",

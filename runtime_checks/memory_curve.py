@@ -38,7 +38,7 @@ class MemoryPoint(Frozen):
     memory: Memory
     system_peak: int | None
     expected: dict[str, int]
-    version: str  # of the runtime
+    version: str = ""  # of the runtime
     measured: str | None = None
 
     @property

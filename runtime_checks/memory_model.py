@@ -47,6 +47,8 @@ def element_bytes(runtime: str, precision: str) -> int:
     """Bytes of one value of the cache. llama.cpp's is F16 (F32 for a file of F32), as runtimes/llama_cpp_.py asks for it."""
     if runtime == "llama.cpp":
         return F32 if precision == "f32" else F16
+    if runtime == "torch":  # which runs every checkpoint in fp32
+        return F32
     return F16 if precision in HALF else F32
 
 

@@ -21,13 +21,14 @@ class Shapes:
     """Of a file.
 
     weights, embedding: bytes as stored, of all tensors and of the table that tokens are looked up in; shared: that table is
-    the output head too. matrices: parameters of the layers' matrices, as many as a token is multiplied by. ffn: of the widest
-    layer.
+    the output head too. rotations: bytes of tables of the rotary embedding, of which a token needs a row. matrices: parameters
+    of the layers' matrices, as many as a token is multiplied by. ffn: of the widest layer.
     """
 
     weights: int
     embedding: int
     shared: bool
+    rotations: int
     matrices: int
     layers: int
     heads: int
@@ -50,7 +51,7 @@ class Shapes:
     @property
     def step_bytes(self) -> int:
         """Bytes of weights that a decoding step reads: all but a table of which it reads a row."""
-        return self.weights - (0 if self.shared else self.embedding)
+        return self.weights - self.rotations - (0 if self.shared else self.embedding)
 
     def flops(self, tokens: int, scored: int) -> int:
         """Multiplications and additions of a prompt of so many tokens, of which `scored` get logits.
@@ -66,11 +67,12 @@ def shapes_of(artefact: Artefact) -> Shapes:
     return READERS[artefact.kind](artefact.path)
 
 
-def _of_config(config: Any, weights: int, embedding: int, shared: bool, matrices: int) -> Shapes:
+def _of_config(config: Any, *, weights: int, embedding: int, shared: bool, matrices: int, rotations: int = 0) -> Shapes:
     return Shapes(
         weights=weights,
         embedding=embedding,
         shared=shared,
+        rotations=rotations,
         matrices=matrices,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
@@ -90,7 +92,8 @@ def _of_checkpoint(path: Path) -> Shapes:
     shapes = {name: source.shape(name) for name in source.names()}
     matrices = _elements(shape for name, shape in shapes.items() if name not in ends)
     embedding = _elements([shapes[ends[0]]]) * F32
-    return _of_config(source.config, source.parameters() * F32, embedding, source.tied, matrices)
+    weights = source.parameters() * F32
+    return _of_config(source.config, weights=weights, embedding=embedding, shared=source.tied, matrices=matrices)
 
 
 def _elements(shapes: Iterable[tuple[int, ...]]) -> int:
@@ -98,6 +101,7 @@ def _elements(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(int(np.prod(shape)) for shape in shapes if len(shape) == 2)
 
 
+HEAD, ROTATIONS = "lm_head", ("cos_cache", "sin_cache")  # as our graphs and onnxruntime-genai's builder call them
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
 
 
@@ -115,10 +119,15 @@ def _of_onnx(folder: Path) -> Shapes:
     lookup = next((n for n in graph.node if n.op_type.startswith("Gather") and rows & set(n.input)), None)
     table = [name for name in lookup.input if name in stored] if lookup else []
     shared = any(set(table) & set(node.input) for node in graph.node if node is not lookup)
-    head = (architecture_of(config).head, *table)
-    matrices = sum(_product(node, stored) for node in graph.node if not any(n.startswith(head) for n in node.input))
-    embedding = sum(_bytes(stored[name]) for name in table)
-    return _of_config(config, sum(map(_bytes, stored.values())), embedding, shared, matrices)
+    head = (HEAD, *table)
+    return _of_config(
+        config,
+        weights=sum(map(_bytes, stored.values())),
+        embedding=sum(_bytes(stored[name]) for name in table),
+        shared=shared,
+        rotations=sum(_bytes(tensor) for name, tensor in stored.items() if name.startswith(ROTATIONS)),
+        matrices=sum(_product(n, stored) for n in graph.node if not any(i.startswith(head) for i in n.input)),
+    )
 
 
 def _product(node: Any, stored: dict[str, Any]) -> int:
@@ -163,6 +172,7 @@ def _of_gguf(path: Path) -> Shapes:
         weights=sum(int(tensor.n_bytes) for tensor in tensors.values()),
         embedding=int(tensors["token_embd.weight"].n_bytes),
         shared="output.weight" not in tensors,
+        rotations=0,
         matrices=_elements(layers),
         layers=wide["block_count"],
         heads=wide["attention.head_count"],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from runtime_checks.artefacts import open_artefact
+from runtime_checks.artefacts import Artefact, open_artefact
 from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, check_sizes, subjects_of
 from runtime_checks.frozen import Frozen
 from runtime_checks.limits import Limits, machine_limits
@@ -44,15 +44,15 @@ class SpeedTest(Frozen):
 class ThroughputPoint(Frozen):
     """Seconds of every round: to the first token of all sequences, and of all steps after it.
 
-    step_bytes: what a step reads at least, weights and cache (in the middle of the steps); prompt_flops: operations of the
-    prompts.
+    step_bytes: what a step reads at least, weights and cache (in the middle of the steps, a sliding window's layers like
+    others); prompt_flops: operations of the prompts. Both are null where the file does not tell its shapes.
     """
 
     test: SpeedTest
     first_token: list[float]
     decode: list[float]
-    step_bytes: int
-    prompt_flops: int
+    step_bytes: int | None
+    prompt_flops: int | None
 
     @property
     def seconds_to_first(self) -> float:
@@ -69,12 +69,16 @@ class ThroughputPoint(Frozen):
         """Tokens per second of the steps, all sequences together, by round."""
         return [self.test.batch * self.test.generate / seconds for seconds in self.decode]
 
-    def bandwidth_share(self, limits: Limits) -> float:
+    def bandwidth_share(self, limits: Limits) -> float | None:
         """Bytes read per second in decoding, as a share of the machine's bandwidth."""
+        if self.step_bytes is None:
+            return None
         return self.step_bytes * self.test.generate / statistics.median(self.decode) / limits.memory
 
-    def gemm_share(self, limits: Limits) -> float:
+    def gemm_share(self, limits: Limits) -> float | None:
         """Operations per second of the prompts, as a share of the machine's rate."""
+        if self.prompt_flops is None:
+            return None
         return self.prompt_flops / self.seconds_to_first / limits.gemm
 
 
@@ -161,10 +165,12 @@ def throughput_curves(
     for prompt in grid.prompts:
         check_sizes(prompt, grid.generate, grid.rounds)
     check_runtimes(runtimes)
-    threads = list(dict.fromkeys(map(checked_threads, grid.threads or (None,))))
+    threads = [checked_threads(None)] if not grid.threads else list(grid.threads)
+    if any(checked_threads(count) != count for count in threads):
+        raise UserError(f"threads {max(threads)} is out of range: there are {checked_threads(None)} cores here")
     skipped: list[Skipped] = []
     named = list(dict.fromkeys([*([Path(baseline)] if baseline else []), *map(Path, paths)]))
-    shapes = {path: shapes_of(open_artefact(path)) for path in named}
+    shapes = {path: _shapes(open_artefact(path), skipped) for path in named}
     subjects = [s for path in named for s in subjects_of("", path, skipped)]
     subjects = [s for s in subjects if runtimes is None or s.row.name in runtimes]
     if not subjects:
@@ -189,12 +195,21 @@ def throughput_curves(
     )
 
 
+def _shapes(artefact: Artefact, skipped: list[Skipped]) -> Shapes | None:
+    """None, and a note, where the file does not say."""
+    try:
+        return shapes_of(artefact)
+    except UserError as error:
+        skipped.append(Skipped(what=f"shares of {artefact.path}", reason=str(error)))
+        return None
+
+
 @dataclass
 class Measured:
-    """Points by number of the subject, and the shapes in its file."""
+    """Points by number of the subject, and the shapes in its file, where it tells them."""
 
     points: dict[int, list[ThroughputPoint]]
-    shapes: dict[Path, Shapes]
+    shapes: dict[Path, Shapes | None]
 
 
 def _curve(subject: Subject, points: list[ThroughputPoint]) -> ThroughputCurve:
@@ -255,8 +270,10 @@ def _title(subjects: Iterable[Subject], test: SpeedTest) -> str:
 
 
 def _point(
-    subject: Subject, shapes: Shapes, test: SpeedTest, first: list[float], decode: list[float]
+    subject: Subject, shapes: Shapes | None, test: SpeedTest, first: list[float], decode: list[float]
 ) -> ThroughputPoint:
+    if shapes is None:
+        return ThroughputPoint(test=test, first_token=first, decode=decode, step_bytes=None, prompt_flops=None)
     cache = shapes.kv_values * element_bytes(subject.row.name, subject.artefact.precision)
     held = test.prompt + test.generate // 2
     scored = test.prompt if subject.row.every_logit else 1

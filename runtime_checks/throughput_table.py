@@ -57,8 +57,12 @@ def _speeds(point: ThroughputPoint) -> tuple[str, ...]:
 
 def _shares(report: ThroughputReport, curve: ThroughputCurve, point: ThroughputPoint) -> tuple[str, ...]:
     limits = report.limits_of(point.test.threads)
-    shares = (f"{100 * share:.0f} %" for share in (point.bandwidth_share(limits), point.gemm_share(limits)))
-    return (*_test(point), *_ratios(report.reference(curve), point), *shares)
+    shares = (point.bandwidth_share(limits), point.gemm_share(limits))
+    return (*_test(point), *_ratios(report.reference(curve), point), *map(_share, shares))
+
+
+def _share(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.0f} %"
 
 
 def _speed(speeds: list[float]) -> str:

@@ -129,6 +129,7 @@ def test_bad_input_is_refused(dense: Path, tasks: list[Path], tmp_path: Path) ->
         ([], "no task was named"),
         (["no_such_task"], "no task 'no_such_task'"),
         ([str(tmp_path / "x.jsonl")], "no such task file"),
+        ([str(tasks[0]), str(tasks[0])], "called"),
     ):
         with pytest.raises(UserError, match=message):
             measure_accuracy([dense], asked)

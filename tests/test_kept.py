@@ -74,10 +74,15 @@ def test_parity_is_measured_of_what_is_new(dense: Path, started: list[Path], tmp
     for folder in (one, two):
         shutil.copytree(dense, folder)
         (folder / "note.txt").write_text(folder.name)
-    assert check(one) == [None, None] and len(started) == 2
+    same = tmp_path / "elsewhere" / dense.name
+    shutil.copytree(dense, same)
+    assert check(same) == [None, None]
+    assert None not in check(same) and len(started) == 2  # the reference's own result is not taken for a candidate's
+    started.clear()
+    assert check(one) == [None, None] and len(started) == 2  # the reference's logits are needed again
     assert None not in check(one) and len(started) == 2
-    kept, again, new = check(one, two)
-    assert kept and again and new is None and started[2:] == [dense, two]  # the reference's logits are needed again
+    reference, again, new = check(one, two)
+    assert reference is None and again and new is None and started[2:] == [dense, two]
     assert check(one, asked=Tolerance(kl_mean=1.0)) == [None, None]
 
 

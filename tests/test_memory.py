@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ SHAPES = Shapes(
     weights=1000,
     embedding=100,
     shared=True,
+    rotations=0,
     matrices=300,
     layers=2,
     heads=6,
@@ -115,6 +117,7 @@ def test_the_model_by_hand() -> None:
     graph = {"runtime": 50, "weights": 1000, "copies": 100, "logits": 592 * 11 * 4, "activations": 592 * living}
     assert parts("onnxruntime", "int8") == {**graph, "session": 13 * MB, "kv": 2 * cache * 4 * 600}
     assert parts("onnxruntime-genai", "fp16") == {**graph, "session": 30 * MB, "kv": cache * 2 * 600}
+    assert parts("torch", "bf16")["kv"] == parts("torch", "fp32")["kv"] == 2 * cache * 4 * 600  # run in fp32
     assert parts("torch", "bf16")["copies"] == 500 and parts("torch", "fp32")["copies"] == 0
 
 
@@ -128,10 +131,13 @@ def test_shapes_are_read_from_the_files(dense: Path, onnx_folder: Path) -> None:
     found = shapes_of(open_artefact(dense))
     matrices = 8 * (3 * 512 * 2048 + 2 * 512 * 512 + 2 * 512 * 256)
     parameters = 8000 * 512 + 512 + matrices + 8 * 2 * 512
-    assert found == Shapes(parameters * 4, 8000 * 512 * 4, True, matrices, 8, 8, 4, 64, 512, 2048, 8000)
+    assert found == Shapes(parameters * 4, 8000 * 512 * 4, True, 0, matrices, 8, 8, 4, 64, 512, 2048, 8000)
     onnx = shapes_of(open_artefact(onnx_folder))
     assert 0 <= onnx.weights - found.weights < MB  # and tables of the rotation
-    assert onnx == Shapes(onnx.weights, *list(found.__dict__.values())[1:])
+    assert onnx == replace(found, weights=onnx.weights, rotations=onnx.rotations)
+    assert onnx.rotations > 0 and onnx.step_bytes - found.step_bytes < 5000  # constants
+    whole = replace(SHAPES, rotations=30, shared=False)
+    assert (whole.step_bytes, replace(whole, shared=True).step_bytes) == (870, 970)
 
 
 def check(report: MemoryReport, runtimes: set[str]) -> None:

@@ -11,8 +11,8 @@ Such a class has (ids: list[int]; times in seconds; logits float32):
     tokens(text) -> ids                optional: what it makes of a text of its own accord
     prefill(ids) -> seconds            ids in one go, computing what a user of the runtime would need next
     decode(count) -> seconds           count single-token steps from where the context is
-    batch(ids, count, sequences) -> (seconds, seconds)    that many sequences of the same ids from an empty context until the
-                                       first new token of each is chosen; then count greedy steps of all of them
+    batch(ids, count, sequences) -> (seconds, seconds, ids)    that many sequences of the same ids from an empty context until
+                                       the first new token of each is chosen; then count greedy steps of all of them
     generate(ids, count, eos) -> (ids, logits (steps, vocab) or None)    greedy, up to and including an EOS
     bos() -> id or None                optional: what it puts before a text of its own accord
     parts() -> {name: bytes}           what the runtime itself tells of its memory

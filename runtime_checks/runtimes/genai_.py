@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime_genai as og
 
+from runtime_checks.runtimes.greedy import Timed
+
 
 class Runtime:
     """A genai Model on the CPU; greedy search."""
@@ -65,8 +67,8 @@ class Runtime:
             self.generator.generate_next_token()
         return time.perf_counter() - start
 
-    def batch(self, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
-        """Seconds to the first tokens (genai chooses them when it is asked for the next), and of the steps after them."""
+    def batch(self, ids: list[int], count: int, sequences: int) -> Timed:
+        """Seconds to the first tokens (chosen when genai is asked for the next), of the steps after, all that were chosen."""
         length = len(ids) + count + 1
         generator = self._generator(length, length, sequences)
         rows = np.tile(np.array(ids, dtype=np.int32), (sequences, 1))
@@ -77,7 +79,8 @@ class Runtime:
         start = time.perf_counter()
         for _ in range(count):
             generator.generate_next_token()
-        return first, time.perf_counter() - start
+        decode = time.perf_counter() - start
+        return first, decode, [generator.get_sequence(i)[len(ids) :].tolist() for i in range(sequences)]
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation by genai's own search."""

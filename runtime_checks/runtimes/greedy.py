@@ -25,13 +25,18 @@ BatchStep = Callable[
 ]  # ids (sequences, n) appended → logits (sequences, vocab) of the last
 
 
-def timed_batch(step: BatchStep, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
-    """Seconds until every sequence has its first new token, from an empty context; and of `count` steps from there."""
-    following = np.tile(np.array(ids, dtype=np.int64), (sequences, 1))
+Timed = tuple[float, float, list[list[int]]]
+
+
+def timed_batch(step: BatchStep, ids: list[int], count: int, sequences: int) -> Timed:
+    """Seconds until every sequence has its first new token, from an empty context; of `count` steps from there; the new tokens
+    of each sequence, one more than there are steps.
+    """
+    rows = np.tile(np.array(ids, dtype=np.int64), (sequences, 1))
     start = time.perf_counter()
-    following = step(following).argmax(axis=1)[:, None]
+    chosen = [step(rows).argmax(axis=1)]
     first = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(count):
-        following = step(following).argmax(axis=1)[:, None]
-    return first, time.perf_counter() - start
+        chosen.append(step(chosen[-1][:, None]).argmax(axis=1))
+    return first, time.perf_counter() - start, np.stack(chosen, axis=1).tolist()

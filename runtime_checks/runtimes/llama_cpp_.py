@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime_checks.runtimes.greedy import Rows, greedy, timed_batch
+from runtime_checks.runtimes.greedy import Rows, Timed, greedy, timed_batch
 
 FILLER = 1
 PADDING = 256
@@ -61,6 +61,7 @@ class Runtime:
         self.lib.llama_backend_init()
         self.version = "llama.cpp"
         self.position = 0
+        self.several: tuple[tuple[int, int], Any, Any] | None = None
 
     def _on_log(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").rstrip()
@@ -146,12 +147,10 @@ class Runtime:
             self._forward([FILLER], every=False)
         return time.perf_counter() - start
 
-    def batch(self, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
-        """Seconds to the first tokens, and of the steps after them, in a context of its own."""
-        options = self._options()
-        each = -(-(len(ids) + count + 1) // PADDING) * PADDING  # as llama.cpp rounds the part of a sequence
-        options.n_ctx, options.n_batch, options.n_seq_max = sequences * each, sequences * len(ids), sequences
-        ctx, tokens = self._made(options), self.lib.llama_batch_init(sequences * len(ids), 0, 1)
+    def batch(self, ids: list[int], count: int, sequences: int) -> Timed:
+        """Seconds to the first tokens, of the steps after them, and all that were chosen; in a context of its own."""
+        ctx, tokens = self._several(sequences, sequences * len(ids))
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(ctx), True)
         position = 0
 
         def step(rows: Rows) -> npt.NDArray[np.float32]:
@@ -160,11 +159,20 @@ class Runtime:
             position += rows.shape[1]
             return self._decoded(ctx, tokens, sequences)
 
-        try:
-            return timed_batch(step, ids, count, sequences)
-        finally:
-            self.lib.llama_batch_free(tokens)
-            self.lib.llama_free(ctx)
+        return timed_batch(step, ids, count, sequences)
+
+    def _several(self, sequences: int, room: int) -> tuple[Any, Any]:
+        """A context for so many sequences and a llama_batch for so many tokens: those of the last time where they fit."""
+        if self.several is None or self.several[0] != (sequences, room):
+            if self.several is not None:
+                self.lib.llama_batch_free(self.several[2])
+                self.lib.llama_free(self.several[1])
+            self.several = None
+            options = self._options()
+            each = -(-self.context // PADDING) * PADDING  # as llama.cpp rounds the part of a sequence
+            options.n_ctx, options.n_batch, options.n_seq_max = sequences * each, room, sequences
+            self.several = ((sequences, room), self._made(options), self.lib.llama_batch_init(room, 0, 1))
+        return self.several[1], self.several[2]
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation."""

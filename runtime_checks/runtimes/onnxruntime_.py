@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from runtime_checks.runtimes.greedy import Rows, greedy, timed_batch
+from runtime_checks.runtimes.greedy import Rows, Timed, greedy, timed_batch
 
 FILLER = 1
 SIDES = ((1, "num_key_value_heads"), (3, "head_size"))  # of a cache tensor: axis, and what genai_config.json calls it
@@ -63,10 +63,10 @@ class Runtime:
 
     def _forward(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """Logits (len(ids), vocab) of ids appended to the cache."""
-        return self._rows(np.array([ids], dtype=np.int64))[0]
+        return self._rows(np.array([ids], dtype=np.int64))[0].astype(np.float32, copy=False)
 
-    def _rows(self, ids: Rows) -> npt.NDArray[np.float32]:
-        """Logits (sequences, n, vocab) of ids (sequences, n), each appended to its sequence's cache."""
+    def _rows(self, ids: Rows) -> npt.NDArray[np.floating]:
+        """Logits (sequences, n, vocab) of ids (sequences, n), each appended to its sequence's cache; in the graph's type."""
         sequences, total = len(ids), self.length + ids.shape[1]
         positions = np.arange(self.length, total, dtype=np.int64)
         feeds = {
@@ -79,7 +79,8 @@ class Runtime:
         named = dict(zip(self.outputs, results, strict=True))
         self.past = {name: named[name.replace("past_key_values.", "present.")] for name in self.past}
         self.length = total
-        return named["logits"].numpy().astype(np.float32, copy=False)
+        found: npt.NDArray[np.floating] = named["logits"].numpy()
+        return found
 
     def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """All positions, from an empty context."""
@@ -103,10 +104,10 @@ class Runtime:
             self._forward([FILLER])
         return time.perf_counter() - start
 
-    def batch(self, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
-        """Seconds to the first tokens, and of the steps after them."""
+    def batch(self, ids: list[int], count: int, sequences: int) -> Timed:
+        """Seconds to the first tokens, of the steps after them, and all that were chosen."""
         self.reset(sequences)
-        return timed_batch(lambda rows: self._rows(rows)[:, -1], ids, count, sequences)
+        return timed_batch(lambda rows: self._rows(rows)[:, -1].astype(np.float32), ids, count, sequences)
 
     def generate(self, ids: list[int], count: int, eos: list[int]) -> tuple[list[int], npt.NDArray[np.float32] | None]:
         """Greedy continuation."""

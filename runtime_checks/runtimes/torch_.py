@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import sola_edge  # noqa: F401  (teaches transformers to load a compressed checkpoint)
-from runtime_checks.runtimes.greedy import Rows, greedy, timed_batch
+from runtime_checks.runtimes.greedy import Rows, Timed, greedy, timed_batch
 from sola_edge.architecture import attention_implementation
 from sola_edge.checkpoint import open_checkpoint
 
@@ -97,8 +97,8 @@ class Runtime:
             self._forward([FILLER], 1)
         return time.perf_counter() - start
 
-    def batch(self, ids: list[int], count: int, sequences: int) -> tuple[float, float]:
-        """Seconds to the first tokens, and of the steps after them."""
+    def batch(self, ids: list[int], count: int, sequences: int) -> Timed:
+        """Seconds to the first tokens, of the steps after them, and all that were chosen."""
         self.reset()
 
         def step(rows: Rows) -> npt.NDArray[np.float32]:
