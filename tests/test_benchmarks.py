@@ -8,6 +8,7 @@ from pathlib import Path
 import factor_bits
 import fuzz_llama_cpp
 import llama_cpp_speed
+import lora_residual
 import onnx_export
 import pytest
 from genai_builder import BuilderError, build
@@ -209,3 +210,17 @@ def test_kinds_of_parts_are_rounded_alone(tmp_path: Path) -> None:
     assert sum(sizes.values()) == 2 * sizes["all"] == 2 * matrices
     for fine, coarse in zip(rows[:5], rows[5:], strict=True):
         assert 0 < fine["kl"] < coarse["kl"] and fine["bytes"] > coarse["bytes"]
+
+
+def test_an_adapter_of_full_rank_leaves_nothing_to_round(tmp_path: Path) -> None:
+    dense = tiny_checkpoint(tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat and looked at the birds in the old tree. " * 8)
+    rows = lora_residual.measure(dense, str(text), 32, 2, ["q4_0"], [8, 64])
+    found = {(row["way"], row["type"], row["rank"]): row for row in rows}
+    plain = found["plain", "q4_0", 0]
+    for way in lora_residual.WAYS:
+        small, whole = found[way, "q4_0", 8], found[way, "q4_0", 64]
+        assert plain["bytes"] < small["bytes"] < whole["bytes"]
+        assert whole["kl"] < 1e-3 * plain["kl"]
+    assert found["error", "q4_0", 8]["kl"] < plain["kl"]
