@@ -13,6 +13,7 @@ import json
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def load_text(source: str) -> Text:
     """
     path = Path(source)
     if source in BUILT_IN:
-        documents = BUILT_IN[source]()
+        documents = list(_built_in(source))
     elif path.suffix in READERS:
         documents = _read(path)
     elif path.exists():
@@ -60,6 +61,12 @@ def load_text(source: str) -> Text:
     if not documents:
         raise UserError(f"{source} holds no text; give a .txt or .jsonl file that does")
     return Text(source if source in BUILT_IN else path.name, tuple(documents))
+
+
+@cache
+def _built_in(name: str) -> tuple[str, ...]:
+    """The documents of a built-in text; parsing the standard library takes seconds."""
+    return tuple(BUILT_IN[name]())
 
 
 def _read(path: Path) -> list[str]:
