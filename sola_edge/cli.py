@@ -182,9 +182,7 @@ def export_onnx(
             help="Of blocks. nearest: at once. gptq: by what a text makes of the inputs (not the head): minutes, nearer."
         ),
     ] = "nearest",
-    calibration: Annotated[
-        str | None, typer.Option(help="The text of gptq, as of `compress`; default: python-docstrings.")
-    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="The text of gptq, as of `compress`; default: mixed.")] = None,
     windows: Annotated[
         int | None, typer.Option(help="Its windows of 2,048 tokens to use, at most; default: 16.")
     ] = None,

@@ -91,7 +91,7 @@ def smollm2_compressed(smollm2: Path, all_cores: None) -> Path:
     """SmolLM2 compressed at rate 0.2 on a little of the built-in text: as the demo does, so that both share statistics."""
     from sola_edge.compress import compress
     from sola_edge.config import CompressionSettings
-    from sola_edge.texts import DEFAULT_CALIBRATION
+    from sola_edge.demo import CALIBRATION
 
     settings = CompressionSettings(rate=0.2, window=512, max_windows=24, factors="plain")
-    return compress(smollm2, smollm2.parent / "compressed", settings, DEFAULT_CALIBRATION).path
+    return compress(smollm2, smollm2.parent / "compressed", settings, CALIBRATION).path
