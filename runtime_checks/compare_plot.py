@@ -11,10 +11,13 @@ from runtime_checks.study_schema import Estimate
 BAND = 0.2  # of the measured rise: how near a good prediction is
 CEILING = 100.0  # perplexity ÷ dense: what is above has collapsed, and how far would only flatten all other lines
 
+FEW = 4  # lines whose names have room among them
+
 
 def write_plot(comparison: Comparison, path: Path) -> None:
     """Write the picture as PNG. Raises UserError if the place is not writable."""
-    write_panels(path, [lambda axes: draw_ratios(axes, comparison), lambda axes: draw_predictions(axes, comparison)])
+    panels = [lambda axes: draw_ratios(axes, comparison), lambda axes: draw_predictions(axes, comparison)]
+    write_panels(path, panels, height=4.6 if len(comparison.labels) <= FEW else 5.6)
 
 
 def colour_and_style(comparison: Comparison, label: str) -> tuple[str, str]:
@@ -43,7 +46,10 @@ def draw_ratios(axes: Any, comparison: Comparison) -> None:
     plain_ticks(axes.yaxis)
     axes.set_xlabel("share of the parameters removed")
     axes.set_ylabel("perplexity ÷ dense")
-    if axes.get_legend_handles_labels()[0]:
+    lines = len(axes.get_legend_handles_labels()[0])
+    if lines > FEW:  # below, where they hide nothing
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=9)
+    elif lines:
         axes.legend(frameon=False)
 
 
@@ -57,7 +63,7 @@ def _mark_collapsed(axes: Any, cells: list[Cell], colour: str, above: int) -> No
         if cell.ratio and cell.ratio.value > CEILING:
             axes.plot([cell.achieved], [CEILING], marker="^", markersize=10, color=colour)
             text = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
-            axes.annotate(f"{cell.ratio.value:.2g}", (cell.achieved, CEILING), (9, -10 * above), **text)
+            axes.annotate(f"{cell.ratio.value:.2g}", (cell.achieved, CEILING), (9, -10 * (above + 1)), **text)
 
 
 def draw_predictions(axes: Any, comparison: Comparison, marked: Cell | None = None) -> None:
