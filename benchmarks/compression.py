@@ -63,19 +63,23 @@ def scaling() -> list[Run]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         models = {n: tiny_checkpoint(Path(folder) / f"{n}", hidden=HIDDEN, ffn=FFN, layers=n) for n in LAYERS}
-        options = ["--align", "8", "--correction-windows", str(TOKENS[-1] // WINDOW)]
         for layers in LAYERS:
-            found.append(compressed("layers", models[layers], layers, TOKENS[0], WINDOW, options))
+            found.append(compressed("layers", models[layers], layers, TOKENS[0], WINDOW, full(TOKENS[0], WINDOW)))
         for tokens in TOKENS:
-            found.append(compressed("tokens", models[LAYERS[0]], LAYERS[0], tokens, WINDOW, options))
+            found.append(compressed("tokens", models[LAYERS[0]], LAYERS[0], tokens, WINDOW, full(tokens, WINDOW)))
     return found
 
 
+def full(tokens: int, window: int) -> list[str]:
+    """Options of the full method: corrected on all windows."""
+    return ["--align", "8", "--correction-windows", str(tokens // window)]
+
+
 def smollm2(windows: int) -> list[Run]:
-    """The default method and the forward-only one on so many windows of 2,048 tokens of Python documentation."""
+    """The default method and the forward-only one on so many windows of 2,048 tokens of the built-in text."""
     model, tokens = smollm2_gguf(), windows * 2048
-    full = compressed("full", model, 30, tokens, 2048, [])
-    return [compressed("no gradients", model, 30, tokens, 2048, ["--no-gradients"]), full]
+    asked: dict[str, list[str]] = {"no gradients": ["--no-gradients"], "full": []}
+    return [compressed(what, model, 30, tokens, 2048, options) for what, options in asked.items()]
 
 
 def layer(hidden: int, ffn: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import compression
 import factor_bits
 import fuzz_llama_cpp
 import llama_cpp_speed
@@ -224,3 +225,9 @@ def test_an_adapter_of_full_rank_leaves_nothing_to_round(tmp_path: Path) -> None
         assert plain["bytes"] < small["bytes"] < whole["bytes"]
         assert whole["kl"] < 1e-3 * plain["kl"]
     assert found["error", "q4_0", 8]["kl"] < plain["kl"]
+
+
+def test_a_compression_of_the_scaling_benchmark_runs(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", hidden=128, ffn=384, layers=4)
+    found = compression.compressed("layers", model, 4, 64, 32, compression.full(64, 32))
+    assert found.seconds > 0 and found.peak > 50e6
