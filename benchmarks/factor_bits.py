@@ -68,9 +68,9 @@ def logits(model: Any, ids: np.ndarray) -> np.ndarray:
     return found
 
 
+@torch.no_grad()
 def measure(checkpoint: Path, text: str, context: int, windows: int, types: list[str]) -> list[dict[str, Any]]:
     """A row for every kind and type, and for all kinds together."""
-    torch.set_grad_enabled(False)
     source = open_checkpoint(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **loading_options(source.config)).eval()
     loaded = load_text(text)

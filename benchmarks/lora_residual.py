@@ -71,11 +71,11 @@ def settings(types: list[str], ranks: list[int]) -> Iterator[tuple[str, str, int
     yield from ((way, type_name, rank) for type_name in types for rank in ranks for way in WAYS)
 
 
+@torch.no_grad()
 def measure(
     model_path: Path, text: str, context: int, windows: int, types: list[str], ranks: list[int]
 ) -> list[dict[str, Any]]:
     """A row for every setting."""
-    torch.set_grad_enabled(False)
     source = open_checkpoint(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, **loading_options(source.config)).eval()
     loaded = load_text(text)
