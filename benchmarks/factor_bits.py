@@ -45,78 +45,91 @@ def parts_of(model: Any) -> dict[str, list[tuple[str, torch.Tensor]]]:
     return {kind: parts for kind, parts in found.items() if parts}
 
 
+def as_stored(weight: torch.Tensor, type_name: str, name: str) -> torch.Tensor:
+    """A matrix as it comes back from the type."""
+    matrix = type_row(type_name).matrix
+    return torch.from_numpy(np.ascontiguousarray(dequantize(encode(weight.numpy(), matrix, name), matrix)))
+
+
 @contextmanager
 def rounded(parts: list[tuple[str, torch.Tensor]], type_name: str) -> Iterator[None]:
     """These parameters as they come back from the type, while the context lasts; rows that are no whole blocks stay."""
     before = [part.clone() for _, part in parts]
-    matrix = type_row(type_name).matrix
     try:
         for name, part in parts:
-            if fits(part.shape, matrix):
-                values = dequantize(encode(part.numpy(), matrix, name), matrix)
-                part.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+            if fits(part.shape, type_row(type_name).matrix):
+                part.copy_(as_stored(part, type_name, name))
         yield
     finally:
         for (_, part), values in zip(parts, before, strict=True):
             part.copy_(values)
 
 
-def logits(model: Any, ids: np.ndarray) -> np.ndarray:
-    """(n, vocab) of a window."""
-    tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
-    found: np.ndarray = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[0].numpy()
-    return found
+class Ruler:
+    """A model in PyTorch fp32, whose parameters may change, and what it said of some windows before they did."""
+
+    def __init__(self, checkpoint: Path, text: str, context: int, windows: int) -> None:
+        source, loaded = open_checkpoint(checkpoint), load_text(text)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, **loading_options(source.config)).eval()
+        self.ids = list(make_protocol(loaded.joined, source.tokenizer(), context, windows, loaded.name).ids)
+        self.reference = [self._logits(window) for window in self.ids]
+
+    def _logits(self, ids: np.ndarray) -> np.ndarray:
+        """(n, vocab) of a window."""
+        tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
+        seen = torch.ones_like(tokens)
+        found: np.ndarray = self.model(tokens, attention_mask=seen, use_cache=False).logits[0].numpy()
+        return found
+
+    def divergence(self) -> dict[str, Any]:
+        """Mean KL divergence of the model as it is now, nats, and its standard error over windows (one: null)."""
+        pairs = zip(self.reference, self.ids, strict=True)
+        kl = [float(compare_window(logits, self._logits(ids), ids).kl.mean()) for logits, ids in pairs]
+        error = float(np.std(kl, ddof=1) / len(kl) ** 0.5) if len(kl) > 1 else None
+        return {"kl": float(np.mean(kl)), "standard_error": error}
 
 
 @torch.no_grad()
 def measure(checkpoint: Path, text: str, context: int, windows: int, types: list[str]) -> list[dict[str, Any]]:
     """A row for every kind and type, and for all kinds together."""
-    source = open_checkpoint(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, **loading_options(source.config)).eval()
-    loaded = load_text(text)
-    ids = list(make_protocol(loaded.joined, source.tokenizer(), context, windows, loaded.name).ids)
-    reference = [logits(model, window) for window in ids]
-    kinds = parts_of(model)
+    ruler = Ruler(checkpoint, text, context, windows)
+    kinds = parts_of(ruler.model)
     kinds["all"] = [part for parts in kinds.values() for part in parts]
     asked = [(kind, type_name) for type_name in types for kind in kinds]
-    return [_row(model, kind, kinds[kind], type_name, ids, reference) for kind, type_name in track(asked, "rounding")]
+    return [_row(ruler, kind, kinds[kind], type_name) for kind, type_name in track(asked, "rounding")]
 
 
-def _row(
-    model: Any,
-    kind: str,
-    parts: list[tuple[str, torch.Tensor]],
-    type_name: str,
-    ids: list[np.ndarray],
-    reference: list[np.ndarray],
-) -> dict[str, Any]:
+def _row(ruler: Ruler, kind: str, parts: list[tuple[str, torch.Tensor]], type_name: str) -> dict[str, Any]:
     matrix = type_row(type_name).matrix
     fitting = [part for _, part in parts if fits(part.shape, matrix)]
     size = sum(stored_bytes(part.shape, matrix) for part in fitting)
     saved = sum(part.numel() * HALF for part in fitting) - size
     with rounded(parts, type_name):
-        kl = [float(compare_window(r, logits(model, w), w).kl.mean()) for r, w in zip(reference, ids, strict=True)]
-    mean = float(np.mean(kl))
+        found = ruler.divergence()
     return {
         "type": type_name,
         "kind": kind,
         "parameters": sum(part.numel() for _, part in parts),
         "left": len(parts) - len(fitting),
         "bytes": size,
-        "kl": mean,
-        "standard_error": float(np.std(kl, ddof=1) / len(kl) ** 0.5) if len(kl) > 1 else None,
-        "kl_per_saved_mb": mean / (saved / 1e6) if saved else None,
+        **found,
+        "kl_per_saved_mb": found["kl"] / (saved / 1e6) if saved else None,
     }
 
 
 HEADS = ("Type", "Kind", "Parameters", "Bytes", "KL, nats", "KL / MB saved", "Left")
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def shown(row: dict[str, Any]) -> str:
+    """The divergence ± its standard error."""
     error = f" ± {row['standard_error']:.5f}" if row["standard_error"] is not None else ""
+    return f"{row['kl']:.5f}{error}"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     each = f"{row['kl_per_saved_mb']:.2e}" if row["kl_per_saved_mb"] is not None else "–"
     sizes = (f"{row['parameters'] / 1e6:.2f} M", f"{row['bytes'] / 1e6:.2f} MB")
-    return (row["type"], row["kind"], *sizes, f"{row['kl']:.5f}{error}", each, str(row["left"]))
+    return (row["type"], row["kind"], *sizes, shown(row), each, str(row["left"]))
 
 
 def main() -> None:

@@ -14,30 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from factor_bits import logits, parts_of
-from gguf.quants import dequantize
+from factor_bits import HALF, Ruler, as_stored, parts_of, shown
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
-from exporters.gguf.types import encode, stored_bytes, type_row
+from exporters.gguf.types import stored_bytes, type_row
 from runtime_checks.grids import print_grid
-from runtime_checks.metrics import compare_window
-from runtime_checks.protocol import make_protocol
-from runtime_checks.runtimes.torch_ import loading_options
-from sola_edge.checkpoint import open_checkpoint
 from sola_edge.progress import track
-from sola_edge.texts import DEFAULT_SCORING, load_text
+from sola_edge.texts import DEFAULT_SCORING
 
 PLAIN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
-HALF = 2  # bytes
-
-
-def rounded(weight: torch.Tensor, type_name: str, name: str) -> torch.Tensor:
-    """A matrix as it comes back from the type."""
-    matrix = type_row(type_name).matrix
-    return torch.from_numpy(np.ascontiguousarray(dequantize(encode(weight.numpy(), matrix, name), matrix)))
 
 
 def adapter(weight: torch.Tensor, rank: int) -> torch.Tensor:
@@ -50,12 +36,12 @@ def adapter(weight: torch.Tensor, rank: int) -> torch.Tensor:
 def factors_first(weight: torch.Tensor, rank: int, type_name: str, name: str) -> torch.Tensor:
     """B·A of W, the rest rounded."""
     taken = adapter(weight, rank)
-    return taken + rounded(weight - taken, type_name, name)
+    return taken + as_stored(weight - taken, type_name, name)
 
 
 def error_first(weight: torch.Tensor, rank: int, type_name: str, name: str) -> torch.Tensor:
     """W rounded, B·A of what that lost."""
-    base = rounded(weight, type_name, name)
+    base = as_stored(weight, type_name, name)
     return base + adapter(weight - base, rank)
 
 
@@ -76,37 +62,21 @@ def measure(
     model_path: Path, text: str, context: int, windows: int, types: list[str], ranks: list[int]
 ) -> list[dict[str, Any]]:
     """A row for every setting."""
-    source = open_checkpoint(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, **loading_options(source.config)).eval()
-    loaded = load_text(text)
-    ids = list(make_protocol(loaded.joined, source.tokenizer(), context, windows, loaded.name).ids)
-    reference = [logits(model, window) for window in ids]
-    matrices = [(name, part, part.clone()) for parts in parts_of(model).values() for name, part in parts]
+    ruler = Ruler(model_path, text, context, windows)
+    matrices = [(name, part, part.clone()) for parts in parts_of(ruler.model).values() for name, part in parts]
     rows = []
     for way, type_name, rank in track(list(settings(types, ranks)), "bases and adapters"):
         size = 0
         for name, part, weight in matrices:
-            made = WAYS[way](weight, rank, type_name, name) if rank else rounded(weight, type_name, name)
+            made = WAYS[way](weight, rank, type_name, name) if rank else as_stored(weight, type_name, name)
             part.copy_(made)
             size += stored_bytes(weight.shape, type_row(type_name).matrix) + HALF * rank * sum(weight.shape)
-        kl = [float(compare_window(r, logits(model, w), w).kl.mean()) for r, w in zip(reference, ids, strict=True)]
-        error = float(np.std(kl, ddof=1) / len(kl) ** 0.5) if len(kl) > 1 else None
-        rows.append(
-            {
-                "way": way,
-                "type": type_name,
-                "rank": rank,
-                "bytes": size,
-                "kl": float(np.mean(kl)),
-                "standard_error": error,
-            }
-        )
+        rows.append({"way": way, "type": type_name, "rank": rank, "bytes": size, **ruler.divergence()})
     return rows
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    error = f" ± {row['standard_error']:.4f}" if row["standard_error"] is not None else ""
-    return (row["way"], row["type"], str(row["rank"]), f"{row['bytes'] / 1e6:.1f} MB", f"{row['kl']:.4f}{error}")
+    return (row["way"], row["type"], str(row["rank"]), f"{row['bytes'] / 1e6:.1f} MB", shown(row))
 
 
 def main() -> None:
