@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shapes_by_hand import SHAPES
 from typer.testing import CliRunner
 
 from runtime_checks.artefacts import Artefact, open_artefact
@@ -21,20 +22,6 @@ from sola_edge.errors import UserError
 from sola_edge.testing import tiny_checkpoint
 
 MB = 1_000_000
-SHAPES = Shapes(
-    weights=1000,
-    embedding=100,
-    shared=True,
-    rotations=0,
-    matrices=300,
-    layers=2,
-    heads=6,
-    kv_heads=3,
-    head_dim=4,
-    hidden=5,
-    ffn=7,
-    vocab=11,
-)
 TIME = Path("/usr/bin/time")
 
 

@@ -1,9 +1,11 @@
 """Speed over a grid: what is counted follows from the shapes, and every runtime is timed by the same rule."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from shapes_by_hand import SHAPES
 from typer.testing import CliRunner
 
 from runtime_checks.artefacts import open_artefact
@@ -11,27 +13,13 @@ from runtime_checks.limits import Limits, array_bytes, last_caches, machine_limi
 from runtime_checks.process import Child
 from runtime_checks.runtimes import runtimes_for
 from runtime_checks.runtimes.greedy import Rows, timed_batch
-from runtime_checks.shapes import Shapes, shapes_of
+from runtime_checks.shapes import shapes_of
 from runtime_checks.throughput_grid import Grid, SpeedTest, ThroughputPoint, ThroughputReport, throughput_curves
 from runtime_checks.throughput_table import print_throughput
 from sola_edge.cli import app
 from sola_edge.errors import UserError
 from sola_edge.testing import tiny_checkpoint
 
-SHAPES = Shapes(
-    weights=1000,
-    embedding=100,
-    shared=False,
-    rotations=0,
-    matrices=300,
-    layers=2,
-    heads=6,
-    kv_heads=3,
-    head_dim=4,
-    hidden=5,
-    ffn=7,
-    vocab=11,
-)
 LIMITS = Limits(threads=1, array=64, bandwidth={"sum": 50.0, "triad": 100.0}, gemm=1000.0)
 POINT = ThroughputPoint(
     test=SpeedTest(threads=1, batch=2, prompt=10, generate=4),
@@ -66,8 +54,8 @@ def test_operations_and_bytes_by_hand() -> None:
     attention = 4 * 2 * 6 * 4 * (1 + 2 + 3)  # of three tokens, each with those before it
     assert SHAPES.flops(3, 1) == 2 * 3 * 300 + 2 * 11 * 5 + attention
     assert SHAPES.flops(3, 3) - SHAPES.flops(3, 1) == 2 * 2 * 11 * 5
-    assert SHAPES.step_bytes == 900
-    assert Shapes(**{**SHAPES.__dict__, "shared": True}).step_bytes == 1000
+    assert replace(SHAPES, shared=False).step_bytes == 900
+    assert SHAPES.step_bytes == 1000
 
 
 def test_speeds_and_shares_by_hand() -> None:
