@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from runtime_checks.accuracy_schema import AccuracyReport, AccuracyResult, AskedTask
-from runtime_checks.checks import subjects_of
+from runtime_checks.checks import named_subjects
 from runtime_checks.harness import (
     Evaluated,
     RuntimeModel,
@@ -31,7 +31,6 @@ from runtime_checks.harness import (
 from runtime_checks.kept import Kept
 from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.process import CheckError
-from runtime_checks.runtimes import check_runtimes
 from runtime_checks.schema import Skipped
 from runtime_checks.subject import Subject
 from runtime_checks.task_files import read_tasks
@@ -67,14 +66,9 @@ def measure_accuracy(
     where results of earlier runs are, to be used again. Raises UserError for bad input, before anything is computed; a
     runtime that fails is a reason in the report.
     """
-    check_runtimes(runtimes)
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
-    subjects = [s for path in artefacts for s in subjects_of("", Path(path), skipped)]
-    subjects = [s for s in subjects if runtimes is None or s.row.name in runtimes]
-    if not subjects:
-        reason = skipped[-1].reason if skipped else "no runtime that was named takes it"
-        raise UserError(f"nothing can be run: {reason}")
+    subjects = named_subjects(artefacts, runtimes, skipped)
     asked = _tasks(tasks, limit)
     tokenizers = {s.artefact.path: load_tokenizer(tokenizer_from or s.artefact.path) for s in subjects}
     record = run_record(threads)

@@ -10,6 +10,7 @@ All return a `Report`; `.passed` says whether everything measured is within tole
 """
 
 import tempfile
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol, read_text
 from runtime_checks.reference import Reference
-from runtime_checks.runtimes import runtimes_for
+from runtime_checks.runtimes import check_runtimes, runtimes_for
 from runtime_checks.schema import Comparison, Report, Result, Skipped, Tolerance
 from runtime_checks.subject import Subject
 from runtime_checks.throughput import interleave
@@ -46,6 +47,18 @@ def subjects_of(model: str, path: Path, skipped: list[Skipped], every_runtime: b
             skipped.append(Skipped(what=f"{artefact.path} in {row.name}", reason=reason))
         if found and not every_runtime:
             break
+    return found
+
+
+def named_subjects(paths: Iterable[Path], runtimes: Sequence[str] | None, skipped: list[Skipped]) -> list[Subject]:
+    """Subjects of every path in every runtime that takes it, of `runtimes` where those are given.
+
+    Raises UserError for a name that is no runtime's, and where nothing is left to run.
+    """
+    check_runtimes(runtimes)
+    found = [s for path in paths for s in subjects_of("", Path(path), skipped)]
+    found = [s for s in found if runtimes is None or s.row.name in runtimes]
+    _refuse_nothing(found, skipped, "no runtime that was named takes it")
     return found
 
 
@@ -89,14 +102,13 @@ def check_parity(
         "comparison": comparison,
     }
     earlier = Earlier(kept, threads, question, [Path(reference), *([Path(tokenizer_from)] if tokenizer_from else [])])
-    found = {id(s): earlier.find(s, s is first) for s in (first, *subjects)}
-    missing = [s for s in (first, *subjects) if found[id(s)] is None]
+    head, found = earlier.find(first, True), [earlier.find(subject) for subject in subjects]
     with tempfile.TemporaryDirectory(dir=scratch, prefix="sola-edge-") as folder:
-        if missing:
+        if head is None or None in found:
             logits = reference_logits(first, protocol, threads, Path(folder))
-            found[id(first)] = earlier.keep(first, [], True)
-        for subject in missing:
-            if subject is first:
+            head = earlier.keep(first, [], True)
+        for place, subject in enumerate(subjects):
+            if found[place] is not None:
                 continue
             noted = len(examiner.skipped)
             try:
@@ -106,8 +118,8 @@ def check_parity(
                     examiner.examine(subject, protocol, Path(folder))
             except CheckError as error:
                 subject.reasons.append(str(error))
-            found[id(subject)] = earlier.keep(subject, examiner.skipped[noted:], False)
-    of_all = [one for one in found.values() if one is not None]
+            found[place] = earlier.keep(subject, examiner.skipped[noted:])
+    of_all = [one for one in (head, *found) if one is not None]
     skipped += [note for one in of_all for note in one.skipped]
     results = [one.result for one in of_all]
     return new_report(threads, protocols=[protocol.record()], results=results, skipped=skipped)
@@ -204,10 +216,10 @@ def bench(
     return new_report(threads, notes=notes(), results=results, costs=costs, skipped=skipped)
 
 
-def _refuse_nothing(subjects: list[Subject], skipped: list[Skipped]) -> None:
+def _refuse_nothing(subjects: list[Subject], skipped: list[Skipped], why: str = "no candidates were named") -> None:
     """Raises UserError when no runtime here takes any of the artefacts: nothing compared is nothing passed."""
     if not subjects:
-        raise UserError(f"nothing can be run: {skipped[-1].reason if skipped else 'no candidates were named'}")
+        raise UserError(f"nothing can be run: {skipped[-1].reason if skipped else why}")
 
 
 def check_sizes(prompt: int, generate: int, rounds: int) -> None:

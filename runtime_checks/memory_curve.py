@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from runtime_checks.artefacts import open_artefact
-from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, WARM_UP, subjects_of
+from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, WARM_UP, named_subjects
 from runtime_checks.frozen import Frozen
 from runtime_checks.kept import Kept
 from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.memory_model import expected_memory
 from runtime_checks.process import CheckError, Child
-from runtime_checks.runtimes import check_runtimes
 from runtime_checks.schema import Kind, Machine, Memory, Skipped
 from runtime_checks.shapes import Shapes, shapes_of
 from runtime_checks.subject import Subject, memory_of
@@ -101,16 +100,10 @@ def memory_curves(
         raise UserError(f"context {min(contexts, default=0)} is out of range: give at least {WARM_UP + 1} tokens")
     if not 0 < tolerance < 1:
         raise UserError(f"tolerance {tolerance:g} is out of range: give a share of the peak, such as {TOLERANCE:g}")
-    check_runtimes(runtimes)
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
+    subjects = named_subjects(dict.fromkeys(map(Path, paths)), runtimes, skipped)
     shapes = {path: shapes_of(open_artefact(path)) for path in map(Path, paths)}
-    subjects = [s for path in shapes for s in subjects_of("", path, skipped)]
-    subjects = [s for s in subjects if runtimes is None or s.row.name in runtimes]
-    if not subjects:
-        raise UserError(
-            f"nothing can be run: {skipped[-1].reason if skipped else 'no runtime that was named takes it'}"
-        )
     record = run_record(threads)
     earlier = _Earlier(kept, threads, record["created"])
     return MemoryReport(

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 from runtime_checks.artefacts import Artefact, open_artefact
-from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, check_sizes, subjects_of
+from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, check_sizes, named_subjects
 from runtime_checks.frozen import Frozen
 from runtime_checks.limits import Limits, machine_limits
 from runtime_checks.machine import checked_threads, others_busy, packages, run_record
 from runtime_checks.memory_model import element_bytes
 from runtime_checks.process import CheckError
-from runtime_checks.runtimes import check_runtimes
 from runtime_checks.schema import Kind, Machine, Skipped
 from runtime_checks.shapes import Shapes, shapes_of
 from runtime_checks.subject import Subject
@@ -164,18 +163,13 @@ def throughput_curves(
     """
     for prompt in grid.prompts:
         check_sizes(prompt, grid.generate, grid.rounds)
-    check_runtimes(runtimes)
     threads = [checked_threads(None)] if not grid.threads else list(grid.threads)
     if any(checked_threads(count) != count for count in threads):
         raise UserError(f"threads {max(threads)} is out of range: there are {checked_threads(None)} cores here")
     skipped: list[Skipped] = []
     named = list(dict.fromkeys([*([Path(baseline)] if baseline else []), *map(Path, paths)]))
+    subjects = named_subjects(named, runtimes, skipped)
     shapes = {path: _shapes(open_artefact(path), skipped) for path in named}
-    subjects = [s for path in named for s in subjects_of("", path, skipped)]
-    subjects = [s for s in subjects if runtimes is None or s.row.name in runtimes]
-    if not subjects:
-        reason = skipped[-1].reason if skipped else "no runtime that was named takes it"
-        raise UserError(f"nothing can be run: {reason}")
     limits = [machine_limits(count) for count in threads]
     busy = others_busy()
     measured = Measured({i: [] for i in range(len(subjects))}, shapes)

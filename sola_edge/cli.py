@@ -18,12 +18,14 @@ from sola_edge.cli_compare import add_commands
 from sola_edge.cli_frontier import add_frontier_commands
 from sola_edge.cli_options import (
     Align,
+    Artefacts,
     Calibration,
     CorrectionWindows,
     Device,
     Fresh,
     GradientWindows,
     Json,
+    JsonFile,
     Text,
     Threads,
     Window,
@@ -278,7 +280,6 @@ def llama_info(as_json: Json = False) -> None:
 
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the results to this report.json.")]
-Artefacts = Annotated[list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files.")]
 
 
 @check_app.command("parity")
@@ -408,9 +409,7 @@ def check_tasks(
     task: Annotated[list[Path], typer.Option(help='A .jsonl file of {"question", "choices", "answer"}; repeatable.')],
     limit: Annotated[int | None, typer.Option(help="Questions of each task, from its start; default: all.")] = None,
     threads: Threads = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
-    ] = None,
+    output: JsonFile = None,
     as_json: Json = False,
 ) -> None:
     """Zero-shot multiple-choice accuracy in PyTorch, every checkpoint on every task, paired with the first checkpoint.

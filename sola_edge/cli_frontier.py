@@ -1,18 +1,21 @@
 """The commands `check frontier`, `memory`, `throughput`, `accuracy`, and `recommend`: thin, importing when they run."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sola_edge.cli_options import (
     Align,
+    Artefacts,
     Calibration,
     CorrectionWindows,
     Device,
     Fresh,
     GradientWindows,
     Json,
+    JsonFile,
     Text,
     Threads,
     Window,
@@ -25,6 +28,10 @@ from sola_edge.cli_options import (
 )
 from sola_edge.config import CompressionSettings
 from sola_edge.texts import DEFAULT_CALIBRATION, DEFAULT_SCORING
+
+OnlyRuntimes = Annotated[
+    str | None, typer.Option("--runtimes", "--runtime", help="In these alone; default: all that take the file.")
+]
 
 
 def add_frontier_commands(app: typer.Typer, check_app: typer.Typer) -> None:
@@ -109,18 +116,14 @@ def frontier(
 
 
 def memory_(
-    artefacts: Annotated[list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files.")],
+    artefacts: Artefacts,
     contexts: Annotated[str, typer.Option(help="Lengths of context in tokens, with commas between them.")] = "512,2048",
-    runtimes: Annotated[
-        str | None, typer.Option("--runtimes", "--runtime", help="In these alone; default: all that take the file.")
-    ] = None,
+    runtimes: OnlyRuntimes = None,
     tolerance: Annotated[
         float, typer.Option(help="Share of the peak by which what the shapes say may be off: more fails.")
     ] = 0.05,
     threads: Threads = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
-    ] = None,
+    output: JsonFile = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -130,7 +133,6 @@ def memory_(
     """
     lengths = counts(contexts, "contexts")
     only = items(runtimes, "runtimes") if runtimes else None
-    from runtime_checks.json_file import write_model
     from runtime_checks.kept import Kept
     from runtime_checks.memory_curve import memory_curves
     from runtime_checks.memory_table import print_memory
@@ -138,18 +140,11 @@ def memory_(
     report = memory_curves(
         artefacts, lengths, threads=threads, tolerance=tolerance, runtimes=only, kept=Kept(fresh=fresh)
     )
-    if output is not None:
-        write_model(report, output)
-    if as_json:
-        print(report.model_dump_json())
-    else:
-        print_memory(report)
-    if not report.passed:
-        raise typer.Exit(1)
+    _finish(report, output, as_json, print_memory)
 
 
 def throughput(
-    artefacts: Annotated[list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files.")],
+    artefacts: Artefacts,
     baseline: Annotated[
         Path | None, typer.Option(help="Measured in turn with the others, and compared with: the dense model.")
     ] = None,
@@ -160,12 +155,8 @@ def throughput(
         str | None, typer.Option(help="Numbers of threads, with commas between them; default: one per core.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often the artefacts take turns.")] = 3,
-    runtimes: Annotated[
-        str | None, typer.Option("--runtimes", "--runtime", help="In these alone; default: all that take the file.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
-    ] = None,
+    runtimes: OnlyRuntimes = None,
+    output: JsonFile = None,
     as_json: Json = False,
 ) -> None:
     """Time to the first token, prefill and decode speed over prompts, batches and threads, beside the machine's limits.
@@ -175,20 +166,12 @@ def throughput(
     numbers = counts(threads, "threads") if threads else []
     only = items(runtimes, "runtimes") if runtimes else None
     asked = {"prompts": counts(prompts, "prompts"), "batches": counts(batches, "batches"), "threads": numbers}
-    from runtime_checks.json_file import write_model
     from runtime_checks.throughput_grid import Grid, throughput_curves
     from runtime_checks.throughput_table import print_throughput
 
     grid = Grid(generate=generate, rounds=rounds, **asked)
     report = throughput_curves(artefacts, grid, baseline=baseline, runtimes=only)
-    if output is not None:
-        write_model(report, output)
-    if as_json:
-        print(report.model_dump_json())
-    else:
-        print_throughput(report)
-    if not report.passed:
-        raise typer.Exit(1)
+    _finish(report, output, as_json, print_throughput)
 
 
 def accuracy(
@@ -199,16 +182,12 @@ def accuracy(
         str, typer.Option("--tasks", help="Names of lm-evaluation-harness or .jsonl files, with commas between them.")
     ],
     limit: Annotated[int | None, typer.Option(help="Questions of each task, at most.")] = None,
-    runtimes: Annotated[
-        str | None, typer.Option("--runtimes", "--runtime", help="In these alone; default: all that take the file.")
-    ] = None,
+    runtimes: OnlyRuntimes = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A checkpoint whose tokenizer is used; default: the artefact's own.")
     ] = None,
     threads: Threads = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")
-    ] = None,
+    output: JsonFile = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -220,21 +199,13 @@ def accuracy(
     only = items(runtimes, "runtimes") if runtimes else None
     from runtime_checks.accuracy import measure_accuracy
     from runtime_checks.accuracy_table import print_accuracy
-    from runtime_checks.json_file import write_model
     from runtime_checks.kept import Kept
 
     kept = Kept(fresh=fresh, more_packages=("lm-eval",))
     report = measure_accuracy(
         artefacts, asked, limit=limit, threads=threads, runtimes=only, tokenizer_from=tokenizer, kept=kept
     )
-    if output is not None:
-        write_model(report, output)
-    if as_json:
-        print(report.model_dump_json())
-    else:
-        print_accuracy(report)
-    if not report.passed:
-        raise typer.Exit(1)
+    _finish(report, output, as_json, print_accuracy)
 
 
 def recommend(
@@ -268,4 +239,18 @@ def recommend(
     else:
         print_recommendation(found)
     if found.chosen is None:
+        raise typer.Exit(1)
+
+
+def _finish(report: Any, output: Path | None, as_json: bool, show: Callable[[Any], None]) -> None:
+    """Write, print (JSON, or as `show` does), and exit with 1 when the check failed."""
+    from runtime_checks.json_file import write_model
+
+    if output is not None:
+        write_model(report, output)
+    if as_json:
+        print(report.model_dump_json())
+    else:
+        show(report)
+    if not report.passed:
         raise typer.Exit(1)

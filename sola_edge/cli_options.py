@@ -1,6 +1,7 @@
 """Options that more than one command of the command line takes, and how their words are read."""
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,8 @@ CorrectionWindows = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda: where statistics and linear algebra run.")]
 Text = Annotated[str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")]
+Artefacts = Annotated[list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files.")]
+JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure anew what an earlier run has measured already.")]
 Threads = Annotated[int | None, typer.Option(help="Threads per runtime; default: one per core.")]
 
