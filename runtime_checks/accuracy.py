@@ -31,6 +31,7 @@ from runtime_checks.harness import (
 from runtime_checks.kept import Kept
 from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.process import CheckError
+from runtime_checks.runtimes.devices import CPU
 from runtime_checks.schema import Skipped
 from runtime_checks.subject import Subject
 from runtime_checks.task_files import read_tasks
@@ -58,9 +59,10 @@ def measure_accuracy(
     threads: int | None = None,
     runtimes: Sequence[str] | None = None,
     tokenizer_from: Path | None = None,
+    device: str = CPU,
     kept: Kept | None = None,
 ) -> AccuracyReport:
-    """Every artefact in every runtime that takes it (of `runtimes`, where given) on every task.
+    """Every artefact in every runtime that takes it on `device` (of `runtimes`, where given) on every task.
 
     tasks: files of questions (a path that ends in .jsonl) or the harness's names. limit: questions of each, at most. kept:
     where results of earlier runs are, to be used again. Raises UserError for bad input, before anything is computed; a
@@ -68,7 +70,7 @@ def measure_accuracy(
     """
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
-    subjects = named_subjects(artefacts, runtimes, skipped)
+    subjects = named_subjects(artefacts, runtimes, skipped, device)
     asked = _tasks(tasks, limit)
     tokenizers = {s.artefact.path: load_tokenizer(tokenizer_from or s.artefact.path) for s in subjects}
     record = run_record(threads)
@@ -86,7 +88,7 @@ def measure_accuracy(
 
 
 def _key(subject: Subject) -> tuple[str, str]:
-    return str(subject.artefact.path), subject.row.name
+    return str(subject.artefact.path), subject.row.label
 
 
 def _tasks(names: Sequence[str], limit: int | None) -> list[_Asked]:
@@ -149,7 +151,7 @@ class _Run:
     def _place(self, kept: Kept, subject: Subject, one: _Asked) -> Path:
         tokenizer = kept.hashes(self.tokenizer_from) if self.tokenizer_from else None
         task = one.described.model_dump(exclude={"source"})
-        return kept.place(subject.artefact, subject.row.name, self.threads, task=task, tokenizer=tokenizer)
+        return kept.place(subject.artefact, subject.row.label, self.threads, task=task, tokenizer=tokenizer)
 
     def _ask(self, subject: Subject, missing: list[_Asked]) -> Iterator[tuple[_Asked, AccuracyResult]]:
         """Raises CheckError where the runtime fails, or a likelihood is not finite."""
@@ -165,14 +167,14 @@ class _Run:
 def _result(subject: Subject, one: _Asked, found: Evaluated, seconds: float) -> AccuracyResult:
     lost = sum(not math.isfinite(value) for value in found.likelihoods)
     if lost:
-        where = f"{subject.row.name} on {subject.artefact.path}"
+        where = f"{subject.row.label} on {subject.artefact.path}"
         raise CheckError(f"{where}: {lost} answers of {one.described.name} have no finite likelihood")
     metric = MEAN if MEAN in found.metrics else next(iter(found.metrics))
     return AccuracyResult(
         artefact=str(subject.artefact.path),
         kind=subject.artefact.kind,
         precision=subject.precision,
-        runtime=subject.row.name,
+        runtime=subject.row.label,
         version=subject.version,
         task=one.described.name,
         n=found.questions,
@@ -213,6 +215,6 @@ def _model(subject: Subject, threads: int, tokenizer: Any) -> Iterator[Any]:
 
             subject.version = f"transformers {transformers.__version__}"
             with pytorch_threads(threads):
-                yield transformers_model(model, tokenizer)
+                yield transformers_model(model.to(subject.row.known), tokenizer)
         return
     yield RuntimeModel(subject, tokenizer, threads)

@@ -24,7 +24,8 @@ from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.process import CheckError
 from runtime_checks.protocol import Protocol, make_protocol, read_text
 from runtime_checks.reference import Reference
-from runtime_checks.runtimes import check_runtimes, runtimes_for
+from runtime_checks.runtimes import check_device, check_runtimes, runtimes_for
+from runtime_checks.runtimes.devices import CPU
 from runtime_checks.schema import Comparison, Report, Result, Skipped, Tolerance
 from runtime_checks.subject import Subject
 from runtime_checks.throughput import interleave
@@ -35,28 +36,33 @@ VOCABULARY_OF_ANY_MODEL = 256  # prompts of a speed test use ids below this when
 WARM_UP = 8
 
 
-def subjects_of(model: str, path: Path, skipped: list[Skipped], every_runtime: bool = True) -> list[Subject]:
-    """One subject per runtime that can run the artefact here; the others are noted in `skipped`."""
+def subjects_of(
+    model: str, path: Path, skipped: list[Skipped], every_runtime: bool = True, device: str = CPU
+) -> list[Subject]:
+    """One subject per runtime that can run the artefact on that device here; the others are noted in `skipped`."""
     artefact = open_artefact(path)
     found = []
-    for row in runtimes_for(artefact.kind, artefact.path):
-        reason = row.missing()
+    for row in runtimes_for(artefact.kind, artefact.path, device):
+        reason = row.absent()
         if reason is None:
             found.append(Subject(model, artefact, row))
         else:
-            skipped.append(Skipped(what=f"{artefact.path} in {row.name}", reason=reason))
+            skipped.append(Skipped(what=f"{artefact.path} in {row.label}", reason=reason))
         if found and not every_runtime:
             break
     return found
 
 
-def named_subjects(paths: Iterable[Path], runtimes: Sequence[str] | None, skipped: list[Skipped]) -> list[Subject]:
-    """Subjects of every path in every runtime that takes it, of `runtimes` where those are given.
+def named_subjects(
+    paths: Iterable[Path], runtimes: Sequence[str] | None, skipped: list[Skipped], device: str = CPU
+) -> list[Subject]:
+    """Subjects of every path in every runtime that takes it on that device, of `runtimes` where those are given.
 
-    Raises UserError for a name that is no runtime's, and where nothing is left to run.
+    Raises UserError for a name that is no runtime's or device's, and where nothing is left to run.
     """
     check_runtimes(runtimes)
-    found = [s for path in paths for s in subjects_of("", Path(path), skipped)]
+    check_device(device)
+    found = [s for path in paths for s in subjects_of("", Path(path), skipped, device=device)]
     found = [s for s in found if runtimes is None or s.row.name in runtimes]
     _refuse_nothing(found, skipped, "no runtime that was named takes it")
     return found
@@ -80,9 +86,10 @@ def check_parity(
     scratch: Path | None = None,
     asked: Tolerance | None = None,
     comparison: Comparison = "export parity",
+    device: str = CPU,
     kept: Kept | None = None,
 ) -> Report:
-    """Compare every candidate, in every runtime that takes it, with the reference on the same ids.
+    """Compare every candidate, in every runtime that takes it on `device`, with the reference, on the CPU, on the same ids.
 
     asked: limits that stand before the precisions' own; see `schema.Parity` for the two comparisons. kept: where results of
     earlier runs are, to be used again.
@@ -91,8 +98,7 @@ def check_parity(
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
     first = reference_subject(Path(reference), skipped)
-    subjects = [s for path in candidates for s in subjects_of("", Path(path), skipped)]
-    _refuse_nothing(subjects, skipped)
+    subjects = named_subjects(candidates, None, skipped, device)
     tokenizer = load_tokenizer(Path(tokenizer_from or reference))
     protocol = make_protocol(text, tokenizer, context, windows, text_name)
     examiner = Examiner(first.artefact, tokenizer, read_text(text)[1], weights=comparison == "export parity")
@@ -168,7 +174,7 @@ class Earlier:
             "role": "reference" if reference else "candidate",
             "name": subject.artefact.path.name,  # it says a type too, which is compared
         }
-        return kept.place(subject.artefact, subject.row.name, self.threads, **asked)
+        return kept.place(subject.artefact, subject.row.label, self.threads, **asked)
 
 
 def reference_subject(path: Path, skipped: list[Skipped]) -> Subject:
@@ -197,17 +203,19 @@ def bench(
     generate: int = 128,
     rounds: int = 3,
     threads: int | None = None,
+    device: str = CPU,
 ) -> Report:
     """Prefill and decode speed and peak memory of artefacts, in turn; with a baseline, the ratios to it.
 
     Each runtime's artefacts are one run: the baseline and the candidates alternate, round by round. Raises UserError.
     """
     check_sizes(prompt, generate, rounds)
+    check_device(device)
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
     named = [("baseline", Path(baseline))] if baseline else []
     named += [(f"candidate {i}" if len(candidates) > 1 else "candidate", Path(p)) for i, p in enumerate(candidates, 1)]
-    subjects = [s for name, path in named for s in subjects_of(name, path, skipped)]
+    subjects = [s for name, path in named for s in subjects_of(name, path, skipped, device=device)]
     _refuse_nothing(subjects, skipped)
     for name in dict.fromkeys(s.row.name for s in subjects):
         bench_group([s for s in subjects if s.row.name == name], prompt, generate, rounds, threads)
@@ -248,7 +256,7 @@ def time_group(subjects: list[Subject], prompt: int, generate: int, vocab: int, 
         return
     row = able[0].row
     members = {i: s.once(prompt, generate, vocab, threads) for i, s in enumerate(able)}
-    title = f"speed of {row.name} {able[0].precision}: " + ", ".join(s.model for s in able)
+    title = f"speed of {row.label} {able[0].precision}: " + ", ".join(s.model for s in able)
     found, failed = interleave(members, rounds, prompt, generate, threads, row.tool, title)
     for i, subject in enumerate(able):
         if i in found:
@@ -266,15 +274,17 @@ def measure_perplexity(
     windows: int | None = None,
     threads: int | None = None,
     tokenizer_from: Path | None = None,
+    device: str = CPU,
     kept: Kept | None = None,
 ) -> Report:
-    """Perplexity of one artefact in its plainest runtime, of an earlier run where it is kept.
+    """Perplexity of one artefact in its plainest runtime on `device`, of an earlier run where it is kept.
 
     Raises UserError; a runtime that fails is a failed result.
     """
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
-    subjects = subjects_of("", Path(path), skipped, every_runtime=False)
+    check_device(device)
+    subjects = subjects_of("", Path(path), skipped, every_runtime=False, device=device)
     if not subjects:
         raise UserError(f"{path} cannot be run: {skipped[-1].reason if skipped else 'no runtime takes it'}")
     protocol = make_protocol(text, load_tokenizer(Path(tokenizer_from or path)), context, windows, text_name)

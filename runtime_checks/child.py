@@ -24,9 +24,10 @@ class Session:
         self.module = module
         self.runtime: Any = None
 
-    def load(self, path: str, threads: int, context: int) -> dict[str, Any]:
+    def load(self, path: str, threads: int, context: int, device: str) -> dict[str, Any]:
         """Import the library (baseline), then load the model (after_load)."""
-        self.runtime = importlib.import_module(f"runtime_checks.runtimes.{self.module}").Runtime(path, threads, context)
+        made = importlib.import_module(f"runtime_checks.runtimes.{self.module}").Runtime
+        self.runtime = made(path, threads, context, device)
         baseline = resident()["now"]
         self.runtime.load()
         return {"version": self.runtime.version, "baseline": baseline, "after_load": resident()["now"]}

@@ -180,7 +180,7 @@ def packed(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
 
 def _judge(tool: Path, model: Path, base: Path, context: int, threads: int) -> Judgement:
     command = [str(tool), "-m", str(model), "--kl-divergence", "--kl-divergence-base", str(base), "-c", str(context)]
-    command += ["-b", str(context), "-t", str(threads), "-ngl", "0", *_options(model)]
+    command += ["-b", str(context), "-t", str(threads), "-ngl", "0", "-dev", "none", *_options(model)]
     with status(f"llama-perplexity on {model.name}"):
         done, told = run_tool(command, lambda told: len(_figures(told)) == len(FIGURES) or OTHER_VOCABULARY in told)
     found = _figures(told)

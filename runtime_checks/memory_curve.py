@@ -12,10 +12,12 @@ from typing import Literal
 from runtime_checks.artefacts import open_artefact
 from runtime_checks.checks import VOCABULARY_OF_ANY_MODEL, WARM_UP, named_subjects
 from runtime_checks.frozen import Frozen
+from runtime_checks.gpu_memory import gpu_memory
 from runtime_checks.kept import Kept
 from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.memory_model import expected_memory
 from runtime_checks.process import CheckError, Child
+from runtime_checks.runtimes.devices import CPU
 from runtime_checks.schema import Kind, Machine, Memory, Skipped
 from runtime_checks.shapes import Shapes, shapes_of
 from runtime_checks.subject import Subject, memory_of
@@ -28,7 +30,10 @@ SYSTEM_TOLERANCE = 0.03  # how far the process's own peak may be from the system
 
 
 class MemoryPoint(Frozen):
-    """One length of context. expected: bytes by part, see memory_model.py. system_peak: wait4's, null where there is none.
+    """One length of context. expected: bytes by part, see memory_model.py, and empty on another device than the CPU.
+
+    system_peak: wait4's, null where there is none. gpu: bytes of CUDA devices that the process held at its end, by NVIDIA's own
+    library (allocators of these runtimes give nothing back before it), null where that tells nothing.
 
     measured: when (UTC, ISO 8601), where an earlier run's figures were used again.
     """
@@ -36,6 +41,7 @@ class MemoryPoint(Frozen):
     context: int
     memory: Memory
     system_peak: int | None
+    gpu: int | None = None
     expected: dict[str, int]
     version: str = ""  # of the runtime
     measured: str | None = None
@@ -43,7 +49,7 @@ class MemoryPoint(Frozen):
     @property
     def off(self) -> float:
         """The model's peak - the measured one, as a share of the measured one."""
-        return sum(self.expected.values()) / self.memory.peak - 1
+        return sum(self.expected.values()) / self.memory.peak - 1 if self.expected else 0.0
 
     @property
     def system_off(self) -> float:
@@ -89,9 +95,10 @@ def memory_curves(
     threads: int | None = None,
     tolerance: float = TOLERANCE,
     runtimes: Sequence[str] | None = None,
+    device: str = CPU,
     kept: Kept | None = None,
 ) -> MemoryReport:
-    """Every file in every runtime that takes it (of `runtimes`, where given) at every length.
+    """Every file in every runtime that takes it on `device` (of `runtimes`, where given) at every length.
 
     kept: where results of earlier runs are, to be used again. Raises UserError for bad input; a runtime that fails is a reason
     in its curve.
@@ -102,7 +109,7 @@ def memory_curves(
         raise UserError(f"tolerance {tolerance:g} is out of range: give a share of the peak, such as {TOLERANCE:g}")
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
-    subjects = named_subjects(dict.fromkeys(map(Path, paths)), runtimes, skipped)
+    subjects = named_subjects(dict.fromkeys(map(Path, paths)), runtimes, skipped, device)
     shapes = {path: shapes_of(open_artefact(path)) for path in map(Path, paths)}
     record = run_record(threads)
     earlier = _Earlier(kept, threads, record["created"])
@@ -127,7 +134,7 @@ class _Earlier:
         """Raises CheckError where it has to be measured and the runtime fails."""
         if self.kept is None:
             return _point(subject, shapes, context, self.threads)
-        place = self.kept.place(subject.artefact, subject.row.name, self.threads, context=context, warm_up=WARM_UP)
+        place = self.kept.place(subject.artefact, subject.row.label, self.threads, context=context, warm_up=WARM_UP)
         found = self.kept.find(MemoryPoint, place)
         if found is None:
             found = _point(subject, shapes, context, self.threads)
@@ -139,7 +146,7 @@ def _curve(
     subject: Subject, shapes: Shapes, contexts: Sequence[int], earlier: _Earlier, tolerance: float
 ) -> MemoryCurve:
     points, reasons = [], []
-    for context in track(list(contexts), f"memory of {subject.artefact.path.name} in {subject.row.name}"):
+    for context in track(list(contexts), f"memory of {subject.artefact.path.name} in {subject.row.label}"):
         try:
             points.append(earlier.point(subject, shapes, context))
         except CheckError as error:
@@ -156,7 +163,7 @@ def _curve(
         kind=subject.artefact.kind,
         precision=subject.precision,
         bytes=subject.artefact.bytes,
-        runtime=subject.row.name,
+        runtime=subject.row.label,
         version=points[0].version if points else "",
         points=points,
         reasons=reasons,
@@ -168,12 +175,15 @@ def _point(subject: Subject, shapes: Shapes, context: int, threads: int) -> Memo
     with Child(subject.row, subject.artefact.path, threads, context, counted=True) as child:
         covers = f"loading for {context} tokens, a prompt of {prompt}, {WARM_UP} decoded"
         memory = memory_of(child, random_prompt(prompt, VOCABULARY_OF_ANY_MODEL), WARM_UP, covers)
+        gpu = gpu_memory(child.pid) if subject.row.device == "cuda" else None
     name, artefact = subject.row.name, subject.artefact
-    expected = expected_memory(name, artefact, shapes, context, prompt, memory.baseline, memory.parts)
+    on_cpu = subject.row.device == CPU
+    expected = expected_memory(name, artefact, shapes, context, prompt, memory.baseline, memory.parts) if on_cpu else {}
     return MemoryPoint(
         context=context,
         memory=memory,
         system_peak=child.system_peak,
+        gpu=gpu,
         expected=expected,
         version=child.loaded["version"],
     )

@@ -18,11 +18,12 @@ PARTS = {
     "logits": "logits",
     "activations": "other",
 }
-HEADS = ("Context", "Peak", "System's", "Anonymous", "Files", "Expected", "Off")
+HEADS = ("Context", "Peak", "System's", "Anonymous", "Files", "GPU", "Expected", "Off")
 EXPLAINED = (
     "Peak: resident, of a fresh process, by its own account and the system's (wait4). Anonymous: pages of its own; files: "
     "mapped ones (weights, libraries). Expected: the sum of the parts below it, which follow from the shapes in the file; off: "
-    "expected - peak, as a share of the peak."
+    "expected - peak, as a share of the peak. GPU: of the process on CUDA devices, by NVIDIA's library; on another device than "
+    "the CPU nothing is expected."
 )
 
 
@@ -52,10 +53,13 @@ def _print_reasons(console: Console, curve: MemoryCurve) -> None:
 def _row(point: MemoryPoint) -> tuple[str, ...]:
     found = point.memory
     optional = [
-        megabytes(v) if v is not None else DASH for v in (point.system_peak, found.anonymous, found.file_backed)
+        megabytes(v) if v is not None else DASH
+        for v in (point.system_peak, found.anonymous, found.file_backed, point.gpu)
     ]
-    expected = megabytes(sum(point.expected.values()))
-    return (f"{point.context:,}", megabytes(found.peak), *optional, expected, f"{100 * point.off:+.1f} %")
+    expected = (
+        (megabytes(sum(point.expected.values())), f"{100 * point.off:+.1f} %") if point.expected else (DASH, DASH)
+    )
+    return (f"{point.context:,}", megabytes(found.peak), *optional, *expected)
 
 
 def _parts(point: MemoryPoint) -> tuple[str, ...]:

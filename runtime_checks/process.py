@@ -45,10 +45,15 @@ class Child:
             text=True,
         )
         try:
-            self.loaded = self.ask("load", path=str(self.path), threads=threads, context=context)
+            self.loaded = self.ask("load", path=str(self.path), threads=threads, context=context, device=row.known)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
 
     def ask(self, request: str, **arguments: Any) -> Any:
         """Send one request and wait for its answer."""
@@ -69,7 +74,7 @@ class Child:
         return answer["ok"]
 
     def _where(self) -> str:
-        return f"{self.row.name} on {self.path}"
+        return f"{self.row.label} on {self.path}"
 
     def _how_it_ended(self) -> str:
         code = self._process.wait()

@@ -60,7 +60,7 @@ def write_reference(child: Child, protocol: Protocol, scratch: Path, name: str, 
         child.ask("logits", ids=ids.tolist(), out=str(path))
         files.append(path)
         nll.append(window_nll(read_logits(path, vocab), ids))
-    return Reference(str(child.path), child.row.name, vocab, files, nll)
+    return Reference(str(child.path), child.row.label, vocab, files, nll)
 
 
 def compare_all(
@@ -72,6 +72,6 @@ def compare_all(
         rows, vocab = child.ask("logits", ids=ids.tolist(), out=str(path))["shape"]
         if (rows, vocab) != (protocol.context, reference.vocab):
             expected = (protocol.context, reference.vocab)
-            raise CheckError(f"{child.row.name} on {child.path}: logits of shape {(rows, vocab)}, expected {expected}")
+            raise CheckError(f"{child.row.label} on {child.path}: logits of shape {(rows, vocab)}, expected {expected}")
         yield compare_window(reference.window(index), read_logits(path, vocab), ids)
     path.unlink(missing_ok=True)

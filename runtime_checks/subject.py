@@ -54,7 +54,7 @@ class Subject:
     def label(self) -> str:
         """Short name for progress bars and tables."""
         precision = "" if self.artefact.kind == "checkpoint" else f" {self.precision}"
-        return f"{self.model} · {self.row.name}{precision}".strip(" ·")
+        return f"{self.model} · {self.row.label}{precision}".strip(" ·")
 
     @property
     def precision(self) -> str:
@@ -86,7 +86,7 @@ class Subject:
             artefact=str(self.artefact.path),
             kind=self.artefact.kind,
             precision=self.precision,
-            runtime=self.row.name,
+            runtime=self.row.label,
             version=self.version,
             bytes=self.artefact.bytes,
             parameters=self.parameters,
@@ -150,7 +150,7 @@ class Subject:
     def once(self, prompt: int, generate: int, vocab: int, threads: int) -> Once:
         """One round of the speed test by the tool of this runtime."""
         if self.row.tool == "llama-bench":
-            return llama_bench_once(self.artefact.path, prompt, generate, threads)
+            return llama_bench_once(self.artefact.path, prompt, generate, threads, self.row.known)
         return child_once(self.running(), random_prompt(prompt, vocab), generate)
 
     def running(self) -> Child:

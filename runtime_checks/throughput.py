@@ -18,6 +18,7 @@ import numpy as np
 
 from runtime_checks.machine import others_busy, waiting_policy
 from runtime_checks.process import CheckError, Child
+from runtime_checks.runtimes.devices import CPU, listed_device
 from runtime_checks.schema import Speed, Throughput
 from sola_edge.progress import track
 
@@ -26,6 +27,7 @@ Once = Callable[
     [float], tuple[float, float]
 ]  # share of the cores in others' use → seconds of the prefill and of the decode
 SEED = 0
+ALL_LAYERS = 999
 
 
 def random_prompt(tokens: int, vocab: int) -> list[int]:
@@ -43,8 +45,11 @@ def child_once(child: Child, prompt: list[int], generate: int) -> Once:
     return once
 
 
-def llama_bench_once(path: Path, prompt: int, generate: int, threads: int) -> Once:
-    """One round of llama-bench (its own warm-up included, one repetition). It raises CheckError when llama-bench fails."""
+def llama_bench_once(path: Path, prompt: int, generate: int, threads: int, device: str = CPU) -> Once:
+    """One round of llama-bench (its own warm-up included, one repetition), on the device whose name begins so.
+
+    It raises CheckError when llama-bench fails.
+    """
 
     def once(busy: float) -> tuple[float, float]:
         from exporters import llama_cpp
@@ -52,8 +57,9 @@ def llama_bench_once(path: Path, prompt: int, generate: int, threads: int) -> On
         build = llama_cpp.find()
         if build is None:
             raise CheckError("llama-bench: no llama.cpp build")
-        sizes = ["-p", str(prompt), "-n", str(generate), "-r", "1", "-t", str(threads), "-ngl", "0"]
-        command = [str(build.tool("llama-bench")), "-m", str(path), *sizes, "-o", "json"]
+        sizes = ["-p", str(prompt), "-n", str(generate), "-r", "1", "-t", str(threads)]
+        tool = str(build.tool("llama-bench"))
+        command = [tool, "-m", str(path), *sizes, *_on(device, tool), "-o", "json"]
         environment = {**os.environ, **waiting_policy(busy)}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
@@ -63,6 +69,13 @@ def llama_bench_once(path: Path, prompt: int, generate: int, threads: int) -> On
         return tests[prompt, 0], tests[0, generate]
 
     return once
+
+
+def _on(device: str, tool: str) -> list[str]:
+    """llama-bench's options: no GPU at all (it would take prompts to one even with -ngl 0), or all layers on that one."""
+    if device == CPU:
+        return ["-ngl", "0", "-dev", "none"]
+    return ["-ngl", str(ALL_LAYERS), "-dev", listed_device(tool, device) or device]
 
 
 def interleave(

@@ -23,6 +23,7 @@ from runtime_checks.limits import Limits, machine_limits
 from runtime_checks.machine import checked_threads, others_busy, packages, run_record
 from runtime_checks.memory_model import element_bytes
 from runtime_checks.process import CheckError
+from runtime_checks.runtimes.devices import CPU
 from runtime_checks.schema import Kind, Machine, Skipped
 from runtime_checks.shapes import Shapes, shapes_of
 from runtime_checks.subject import Subject
@@ -68,15 +69,15 @@ class ThroughputPoint(Frozen):
         """Tokens per second of the steps, all sequences together, by round."""
         return [self.test.batch * self.test.generate / seconds for seconds in self.decode]
 
-    def bandwidth_share(self, limits: Limits) -> float | None:
+    def bandwidth_share(self, limits: Limits | None) -> float | None:
         """Bytes read per second in decoding, as a share of the machine's bandwidth."""
-        if self.step_bytes is None:
+        if self.step_bytes is None or limits is None:
             return None
         return self.step_bytes * self.test.generate / statistics.median(self.decode) / limits.memory
 
-    def gemm_share(self, limits: Limits) -> float | None:
+    def gemm_share(self, limits: Limits | None) -> float | None:
         """Operations per second of the prompts, as a share of the machine's rate."""
-        if self.prompt_flops is None:
+        if self.prompt_flops is None or limits is None:
             return None
         return self.prompt_flops / self.seconds_to_first / limits.gemm
 
@@ -99,7 +100,9 @@ class ThroughputCurve(Frozen):
 
 
 class ThroughputReport(Frozen):
-    """Curves. Version 1; bytes, seconds. baseline: the artefact that the others are compared with."""
+    """Curves. Version 1; bytes, seconds. baseline: the artefact that the others are compared with. limits: the CPU's, empty
+    where another device was measured.
+    """
 
     schema_version: Literal[1] = 1
     created: str  # UTC, ISO 8601
@@ -118,9 +121,9 @@ class ThroughputReport(Frozen):
         """Whether everything could be measured."""
         return not any(curve.reasons for curve in self.curves)
 
-    def limits_of(self, threads: int) -> Limits:
+    def limits_of(self, threads: int) -> Limits | None:
         """The machine's, with so many threads."""
-        return next(found for found in self.limits if found.threads == threads)
+        return next((found for found in self.limits if found.threads == threads), None)
 
     def reference(self, curve: ThroughputCurve) -> ThroughputCurve | None:
         """The baseline in the same runtime."""
@@ -156,8 +159,10 @@ def throughput_curves(
     *,
     baseline: Path | None = None,
     runtimes: Sequence[str] | None = None,
+    device: str = CPU,
 ) -> ThroughputReport:
-    """Every artefact in every runtime that takes it (of `runtimes`, where given); the baseline is first in every round.
+    """Every artefact in every runtime that takes it on `device` (of `runtimes`, where given); the baseline is first in every
+    round.
 
     Raises UserError for bad input; a runtime that fails is a reason in its curve.
     """
@@ -168,9 +173,9 @@ def throughput_curves(
         raise UserError(f"threads {max(threads)} is out of range: there are {checked_threads(None)} cores here")
     skipped: list[Skipped] = []
     named = list(dict.fromkeys([*([Path(baseline)] if baseline else []), *map(Path, paths)]))
-    subjects = named_subjects(named, runtimes, skipped)
+    subjects = named_subjects(named, runtimes, skipped, device)
     shapes = {path: _shapes(open_artefact(path), skipped) for path in named}
-    limits = [machine_limits(count) for count in threads]
+    limits = [machine_limits(count) for count in threads] if device == CPU else []
     busy = others_busy()
     measured = Measured({i: [] for i in range(len(subjects))}, shapes)
     for count in threads:
@@ -212,7 +217,7 @@ def _curve(subject: Subject, points: list[ThroughputPoint]) -> ThroughputCurve:
         kind=subject.artefact.kind,
         precision=subject.precision,
         bytes=subject.artefact.bytes,
-        runtime=subject.row.name,
+        runtime=subject.row.label,
         version=subject.version,
         points=points,
         reasons=subject.reasons,

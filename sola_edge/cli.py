@@ -26,6 +26,7 @@ from sola_edge.cli_options import (
     GradientWindows,
     Json,
     JsonFile,
+    OnDevice,
     Text,
     Threads,
     Window,
@@ -307,6 +308,7 @@ def check_parity(
         Path | None, typer.Option(help="What has the tokenizer of the text; default: the reference.")
     ] = None,
     threads: Threads = None,
+    device: OnDevice = "cpu",
     output: Output = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -333,6 +335,7 @@ def check_parity(
         tokenizer_from=tokenizer,
         asked=asked,
         comparison="compression cost" if compression_cost else "export parity",
+        device=device,
         kept=Kept(fresh=fresh),
     )
     _finish(report, output, as_json)
@@ -382,6 +385,7 @@ def check_perplexity(
     context: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Windows to score; default: the whole text.")] = None,
     threads: Threads = None,
+    device: OnDevice = "cpu",
     output: Output = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -396,7 +400,7 @@ def check_perplexity(
 
     source = load_text(text)
     named = {"text_name": source.name, "context": context, "windows": windows, "threads": threads}
-    report = measure_perplexity(artefact, source.joined, **named, kept=Kept(fresh=fresh))
+    report = measure_perplexity(artefact, source.joined, **named, device=device, kept=Kept(fresh=fresh))
     _finish(report, output, as_json)
 
 
@@ -434,6 +438,7 @@ def check_bench(
     generate: Annotated[int, typer.Option(help="Tokens of the decode test.")] = 128,
     rounds: Annotated[int, typer.Option(help="How often the artefacts take turns.")] = 3,
     threads: Threads = None,
+    device: OnDevice = "cpu",
     output: Output = None,
     as_json: Json = False,
 ) -> None:
@@ -443,7 +448,9 @@ def check_bench(
     """
     from runtime_checks import bench
 
-    report = bench(candidates, baseline, prompt=prompt, generate=generate, rounds=rounds, threads=threads)
+    report = bench(
+        candidates, baseline, prompt=prompt, generate=generate, rounds=rounds, threads=threads, device=device
+    )
     _finish(report, output, as_json)
 
 

@@ -16,6 +16,7 @@ from sola_edge.cli_options import (
     GradientWindows,
     Json,
     JsonFile,
+    OnDevice,
     Text,
     Threads,
     Window,
@@ -123,6 +124,7 @@ def memory_(
         float, typer.Option(help="Share of the peak by which what the shapes say may be off: more fails.")
     ] = 0.05,
     threads: Threads = None,
+    device: OnDevice = "cpu",
     output: JsonFile = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -138,7 +140,13 @@ def memory_(
     from runtime_checks.memory_table import print_memory
 
     report = memory_curves(
-        artefacts, lengths, threads=threads, tolerance=tolerance, runtimes=only, kept=Kept(fresh=fresh)
+        artefacts,
+        lengths,
+        threads=threads,
+        tolerance=tolerance,
+        runtimes=only,
+        device=device,
+        kept=Kept(fresh=fresh),
     )
     _finish(report, output, as_json, print_memory)
 
@@ -156,6 +164,7 @@ def throughput(
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often the artefacts take turns.")] = 3,
     runtimes: OnlyRuntimes = None,
+    device: OnDevice = "cpu",
     output: JsonFile = None,
     as_json: Json = False,
 ) -> None:
@@ -170,7 +179,7 @@ def throughput(
     from runtime_checks.throughput_table import print_throughput
 
     grid = Grid(generate=generate, rounds=rounds, **asked)
-    report = throughput_curves(artefacts, grid, baseline=baseline, runtimes=only)
+    report = throughput_curves(artefacts, grid, baseline=baseline, runtimes=only, device=device)
     _finish(report, output, as_json, print_throughput)
 
 
@@ -187,6 +196,7 @@ def accuracy(
         Path | None, typer.Option(help="A checkpoint whose tokenizer is used; default: the artefact's own.")
     ] = None,
     threads: Threads = None,
+    device: OnDevice = "cpu",
     output: JsonFile = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -203,7 +213,14 @@ def accuracy(
 
     kept = Kept(fresh=fresh, more_packages=("lm-eval",))
     report = measure_accuracy(
-        artefacts, asked, limit=limit, threads=threads, runtimes=only, tokenizer_from=tokenizer, kept=kept
+        artefacts,
+        asked,
+        limit=limit,
+        threads=threads,
+        runtimes=only,
+        tokenizer_from=tokenizer,
+        device=device,
+        kept=kept,
     )
     _finish(report, output, as_json, print_accuracy)
 

@@ -22,6 +22,12 @@ CorrectionWindows = Annotated[
     int, typer.Option(help="Of those, how many later layers are corrected on; 0: no correction.")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda: where statistics and linear algebra run.")]
+OnDevice = Annotated[
+    str,
+    typer.Option(
+        "--device", help="cpu, cuda, vulkan, metal or directml: where the files run, in the runtimes that can."
+    ),
+]
 Text = Annotated[str, typer.Option(help="A .txt or .jsonl file, a hub data set, or a built-in text.")]
 Artefacts = Annotated[list[Path], typer.Argument(help="Checkpoint folders, ONNX folders, .gguf files.")]
 JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the results to this JSON file.")]

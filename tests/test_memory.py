@@ -70,7 +70,7 @@ def test_our_peak_is_that_of_time_v(onnx_folder: Path, tmp_path: Path) -> None:
         "onnxruntime_",
     ]
     requests = [
-        {"do": "load", "path": str(onnx_folder), "threads": 1, "context": 64},
+        {"do": "load", "path": str(onnx_folder), "threads": 1, "context": 64, "device": "cpu"},
         {"do": "use", "prompt": random_prompt(56, 256), "decode": 8},
     ]
     asked = "".join(json.dumps(request) + "\n" for request in requests)

@@ -42,4 +42,4 @@ def compare_cache(child: Child, protocol: Protocol, scratch: Path, limit: float)
         f"read token by token with a KV cache, from position {first} on the text gives other logits than in one go: mean "
         f"KL {kl.mean():.2g} > {limit:.2g}, most at position {worst}; the cache or its positions are off"
     )
-    return [Finding(what="cache", where=child.row.name, detail=detail)]
+    return [Finding(what="cache", where=child.row.label, detail=detail)]

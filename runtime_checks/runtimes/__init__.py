@@ -1,7 +1,7 @@
 """The runtimes: one row each. A row names the module whose `Runtime` class runs in a child process of its own.
 
 Such a class has (ids: list[int]; times in seconds; logits float32):
-    __init__(path, threads, context)   imports the runtime library, nothing else
+    __init__(path, threads, context, device)   imports the runtime library, nothing else; device: the runtime's name for it
     load()                             the model, for up to `context` tokens
     version                            of the library
     logits(ids) -> (n, vocab)          of every position, from an empty context
@@ -20,14 +20,24 @@ and imports neither sola_edge nor another runtime (torch_ excepted: it needs sol
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from runtime_checks.runtimes.devices import (
+    CPU,
+    DEVICES,
+    Device,
+    genai_provider,
+    ggml_device,
+    provider,
+    torch_device,
+)
 
 
 @dataclass(frozen=True)
 class RuntimeRow:
-    """One runtime: what it is called, what it runs, what it needs, and how its speed is measured."""
+    """One runtime on the CPU or on `device`: what it is called, what it runs, what it needs, how its speed is measured."""
 
     name: str
     module: str
@@ -37,6 +47,27 @@ class RuntimeRow:
     needs_file: str | None = None  # of a folder artefact
     tool: str = "child process"
     every_logit: bool = False  # whether a prefill computes the logits of all positions
+    devices: Mapping[str, Device] = field(default_factory=dict)  # beside the CPU
+    device: str = CPU
+
+    @property
+    def label(self) -> str:
+        """What results call it: its name, and the device where that is not the CPU."""
+        return self.name if self.device == CPU else f"{self.name} ({self.device})"
+
+    @property
+    def known(self) -> str:
+        """The runtime's own name for its device."""
+        return CPU if self.device == CPU else self.devices[self.device].known
+
+    def absent(self) -> str | None:
+        """Why it cannot run here on its device, None when it can."""
+        reason = self.missing()
+        if reason is not None or self.device == CPU:
+            return reason
+        if self.device not in self.devices:
+            return f"{self.name} knows no {self.device}; it runs on {', '.join((CPU, *self.devices))}"
+        return self.devices[self.device].absent()
 
     @property
     def prefill_note(self) -> str:
@@ -80,7 +111,13 @@ def _llama_cpp_environment() -> dict[str, str]:
 RUNTIMES = {
     row.name: row
     for row in (
-        RuntimeRow("torch", "torch_", "checkpoint", _package("torch", "all")),
+        RuntimeRow(
+            "torch",
+            "torch_",
+            "checkpoint",
+            _package("torch", "all"),
+            devices={"cuda": torch_device("cuda", "cuda"), "metal": torch_device("mps", "backends.mps")},
+        ),
         RuntimeRow(
             "onnxruntime",
             "onnxruntime_",
@@ -88,6 +125,10 @@ RUNTIMES = {
             _package("onnxruntime", "onnx"),
             needs_file="model.onnx",
             every_logit=True,
+            devices={
+                "cuda": provider("CUDAExecutionProvider", "onnxruntime-gpu"),
+                "directml": provider("DmlExecutionProvider", "onnxruntime-directml"),
+            },
         ),
         RuntimeRow(
             "onnxruntime-genai",
@@ -96,16 +137,32 @@ RUNTIMES = {
             _package("onnxruntime_genai", "onnx"),
             needs_file="genai_config.json",
             every_logit=True,
+            devices={
+                "cuda": genai_provider("cuda", "is_cuda_available", "onnxruntime-genai-cuda"),
+                "directml": genai_provider("dml", "is_dml_available", "onnxruntime-genai-directml"),
+            },
         ),
-        RuntimeRow("llama.cpp", "llama_cpp_", "gguf", _llama_cpp_missing, _llama_cpp_environment, tool="llama-bench"),
+        RuntimeRow(
+            "llama.cpp",
+            "llama_cpp_",
+            "gguf",
+            _llama_cpp_missing,
+            _llama_cpp_environment,
+            tool="llama-bench",
+            devices={
+                "cuda": ggml_device("CUDA", "-DGGML_CUDA=ON"),
+                "vulkan": ggml_device("Vulkan", "-DGGML_VULKAN=ON"),
+                "metal": ggml_device("MTL", "-DGGML_METAL=ON"),
+            },
+        ),
     )
 }
 
 
-def runtimes_for(kind: str, path: Path) -> list[RuntimeRow]:
-    """The rows that run an artefact of this kind at this path, the plainest first."""
+def runtimes_for(kind: str, path: Path, device: str = CPU) -> list[RuntimeRow]:
+    """The rows, on a device, that run an artefact of this kind at this path, the plainest first."""
     rows = [row for row in RUNTIMES.values() if row.kind == kind]
-    return [row for row in rows if row.needs_file is None or (path / row.needs_file).exists()]
+    return [replace(row, device=device) for row in rows if row.needs_file is None or (path / row.needs_file).exists()]
 
 
 def check_runtimes(names: Iterable[str] | None) -> None:
@@ -115,3 +172,11 @@ def check_runtimes(names: Iterable[str] | None) -> None:
     for name in names or ():
         if name not in RUNTIMES:
             raise UserError(f"there is no runtime {name!r}; choose of: {', '.join(RUNTIMES)}")
+
+
+def check_device(name: str) -> None:
+    """Raises UserError for a name that is no device's."""
+    from sola_edge.errors import UserError
+
+    if name not in DEVICES:
+        raise UserError(f"there is no device {name!r}; choose of: {', '.join(DEVICES)}")

@@ -15,10 +15,10 @@ from runtime_checks.runtimes.greedy import Timed
 
 
 class Runtime:
-    """A genai Model on the CPU; greedy search."""
+    """A genai Model; greedy search."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
-        self.path, self.threads, self.context = path, threads, context
+    def __init__(self, path: str, threads: int, context: int, device: str) -> None:
+        self.path, self.threads, self.context, self.device = path, threads, context, device
         self.version = f"onnxruntime-genai {og.__version__}"
 
     def load(self) -> None:
@@ -26,6 +26,9 @@ class Runtime:
         config = og.Config(self.path)
         session = {"intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        config.clear_providers()  # the folder may name one of its own
+        if self.device != "cpu":
+            config.append_provider(self.device)
         self.model = og.Model(config)
         self.reset()
 

@@ -1,4 +1,4 @@
-"""llama.cpp on the CPU, through the ctypes bindings of the build that runs factored weights.
+"""llama.cpp, through the ctypes bindings of the build that runs factored weights.
 
 Only the bindings' low-level module is imported (the package's own `__init__` pulls in a server's worth of libraries).
 The context is llama.cpp's default but for two things. One batch holds a whole window, so that all its logits are there
@@ -28,6 +28,7 @@ PARTS = {"model": "weights", "KV": "kv", "compute": "compute", "output": "output
 ALL_F32 = "0"  # general.file_type
 TYPE_F32 = 0
 FLASH_ATTENTION_OFF = 0
+ALL_LAYERS = 999
 
 
 def _bindings() -> Any:
@@ -51,8 +52,8 @@ def fill(batch: Any, rows: Rows, position: int, every: bool) -> None:
 class Runtime:
     """One model and one context; sequence 0 holds the tokens."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
-        self.path, self.threads, self.context = path, threads, context
+    def __init__(self, path: str, threads: int, context: int, device: str) -> None:
+        self.path, self.threads, self.context, self.device = path, threads, context, device
         self.lib = _bindings()
         self.buffers: dict[tuple[str, str], float] = {}
         self.errors: list[str] = []
@@ -74,7 +75,11 @@ class Runtime:
     def load(self) -> None:
         """Raises RuntimeError with llama.cpp's own first error line."""
         params = self.lib.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = 0 if self.device == "cpu" else ALL_LAYERS
+        devices = (ctypes.c_void_p * 2)(
+            self._found_device(), None
+        )  # none at all: a build with a GPU would use it for prompts
+        params.devices = ctypes.cast(devices, ctypes.c_void_p)
         self.model = self.lib.llama_model_load_from_file(self.path.encode(), params)
         if not self.model:
             raise RuntimeError(self.errors[0] if self.errors else "llama.cpp could not load the model")
@@ -82,6 +87,20 @@ class Runtime:
         self.vocab = self.lib.llama_vocab_n_tokens(self.vocabulary)
         self.ctx = self._made(self._options())
         self.tokens_in = self.lib.llama_batch_init(self.context, 0, 1)
+
+    def _found_device(self) -> int | None:
+        """The backend's device, the first whose name begins as the runtime's row says; None: the CPU. Raises RuntimeError."""
+        if self.device == "cpu":
+            return None
+        ggml = self.lib._lib  # libllama, whose dependencies have these symbols
+        ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+        ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
+        ggml.ggml_backend_dev_name.restype = ctypes.c_char_p
+        for number in range(ggml.ggml_backend_dev_count()):
+            found: int = ggml.ggml_backend_dev_get(ctypes.c_size_t(number))
+            if ggml.ggml_backend_dev_name(ctypes.c_void_p(found)).decode().startswith(self.device):
+                return found
+        raise RuntimeError(f"this llama.cpp finds no {self.device} device")
 
     def _options(self) -> Any:
         options = self.lib.llama_context_default_params()

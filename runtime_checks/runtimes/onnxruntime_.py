@@ -1,4 +1,4 @@
-"""ONNX Runtime itself: a session on model.onnx, the KV cache passed from `present.*` to `past_key_values.*`.
+"""ONNX Runtime itself: a session on model.onnx, the KV cache passed from `present.*` to `past_key_values.*` where it is.
 
 Which inputs the graph has is read from the session, so a graph with position_ids runs like one without.
 """
@@ -16,13 +16,15 @@ from runtime_checks.runtimes.greedy import Rows, Timed, greedy, timed_batch
 
 FILLER = 1
 SIDES = ((1, "num_key_value_heads"), (3, "head_size"))  # of a cache tensor: axis, and what genai_config.json calls it
+CPU_PROVIDER = "CPUExecutionProvider"
+PLACES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}  # where a provider keeps what it computes
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class Runtime:
-    """One InferenceSession on the CPU."""
+    """One InferenceSession; on a device the cache stays there."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, device: str) -> None:
         folder = Path(path)
         self.file = folder / "model.onnx" if folder.is_dir() else folder
         self.options = ort.SessionOptions()
@@ -30,12 +32,17 @@ class Runtime:
         self.options.inter_op_num_threads = 1
         self.options.log_severity_level = 3
         self.version = f"onnxruntime {ort.__version__}"
+        self.provider = CPU_PROVIDER if device == "cpu" else device
+        self.place = PLACES.get(self.provider, "cpu")
         self.past: dict[str, Any] = {}
         self.length = 0
 
     def load(self) -> None:
-        """Raises whatever ONNX Runtime raises."""
-        self.session = ort.InferenceSession(str(self.file), self.options, providers=["CPUExecutionProvider"])
+        """Raises whatever ONNX Runtime raises, and RuntimeError where it would run elsewhere than it was asked to."""
+        providers = list(dict.fromkeys((self.provider, CPU_PROVIDER)))
+        self.session = ort.InferenceSession(str(self.file), self.options, providers=providers)
+        if self.session.get_providers()[0] != self.provider:  # it falls back to the CPU with a warning
+            raise RuntimeError(f"ONNX Runtime could not start {self.provider}; are its libraries installed?")
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.outputs = [node.name for node in self.session.get_outputs()]
         self.reset()
@@ -75,12 +82,21 @@ class Runtime:
             "position_ids": np.tile(positions, (sequences, 1)),
         }
         values = {name: ort.OrtValue.ortvalue_from_numpy(v) for name, v in feeds.items() if name in self.inputs}
-        results = self.session.run_with_ort_values(self.outputs, {**values, **self.past})
-        named = dict(zip(self.outputs, results, strict=True))
+        named = self._run({**values, **self.past})
         self.past = {name: named[name.replace("past_key_values.", "present.")] for name in self.past}
         self.length = total
         found: npt.NDArray[np.floating] = named["logits"].numpy()
         return found
+
+    def _run(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Outputs by name: logits on the CPU, the others where the provider computes them."""
+        bound = self.session.io_binding()
+        for name, value in values.items():
+            bound.bind_ortvalue_input(name, value)
+        for name in self.outputs:
+            bound.bind_output(name, "cpu" if name == "logits" else self.place)
+        self.session.run_with_iobinding(bound)
+        return dict(zip(self.outputs, bound.get_outputs(), strict=True))
 
     def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """All positions, from an empty context."""

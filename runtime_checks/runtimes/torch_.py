@@ -1,4 +1,4 @@
-"""PyTorch in fp32 through transformers: the reference."""
+"""PyTorch in fp32 through transformers: the reference, on the CPU; what a device computes comes back from it at once."""
 
 import time
 from typing import Any
@@ -26,7 +26,7 @@ def loading_options(config: Any) -> dict[str, Any]:
 class Runtime:
     """A checkpoint in `AutoModelForCausalLM`, fp32, eager or SDPA attention as transformers chooses."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, device: str) -> None:
         import transformers
         from transformers import AutoModelForCausalLM
 
@@ -35,14 +35,14 @@ class Runtime:
         torch.set_grad_enabled(False)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.path = path
+        self.path, self.device = path, device
         self.options = loading_options(open_checkpoint(path).config)
         self.version = f"torch {torch.__version__}, transformers {transformers.__version__}"
         self.cache: Any = None
 
     def load(self) -> None:
         """Raises whatever transformers raises."""
-        self.model = self.loader.from_pretrained(self.path, **self.options).eval()
+        self.model = self.loader.from_pretrained(self.path, **self.options).eval().to(self.device)
 
     def _forward(self, ids: list[int], keep: int) -> torch.Tensor:
         """Logits (keep or all, vocab) of ids appended to the cache."""
@@ -50,9 +50,10 @@ class Runtime:
 
     def _rows(self, tokens: torch.Tensor, keep: int) -> torch.Tensor:
         """The same of ids (sequences, n), each appended to its sequence's cache."""
-        out = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        placed = tokens.to(self.device)
+        out = self.model(placed, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         self.cache = out.past_key_values
-        found: torch.Tensor = out.logits
+        found: torch.Tensor = out.logits.cpu()
         return found
 
     def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
@@ -60,10 +61,10 @@ class Runtime:
         return self._logits(ids).numpy()
 
     def _logits(self, ids: list[int]) -> torch.Tensor:
-        tokens = torch.tensor([ids])
+        tokens = torch.tensor([ids], device=self.device)
         # told that nothing is padded, transformers asks for causal attention instead of making a mask: half the time
         seen = torch.ones_like(tokens)
-        found: torch.Tensor = self.model(tokens, attention_mask=seen, use_cache=False).logits[0].float()
+        found: torch.Tensor = self.model(tokens, attention_mask=seen, use_cache=False).logits[0].float().cpu()
         return found
 
     def nll(self, ids: list[int]) -> npt.NDArray[np.float64]:
