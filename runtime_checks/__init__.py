@@ -15,12 +15,14 @@ _HOME = {
     "write_html": "report",
     "write_json": "report",
     "load_report": "report",
+    "load_results": "report",
     "print_table": "table",
 }
 __all__ = [
     "bench",
     "check_parity",
     "load_report",
+    "load_results",
     "measure_models",
     "measure_perplexity",
     "print_table",

@@ -17,10 +17,7 @@ EXPLAINED = (
 def print_accuracy(report: AccuracyReport, console: Console | None = None) -> None:
     """Print every cell, what was left out and what failed, to stdout."""
     console = console or Console()
-    rows = dict.fromkeys((r.artefact, r.precision, r.runtime) for r in report.results)
-    cells = {((r.artefact, r.precision, r.runtime), r.task): r for r in report.results}
-    heads = ("Artefact", *(_head(task, report) for task in report.tasks))
-    print_grid(console, heads, [(_name(row), *(_cell(cells.get((row, t.name))) for t in report.tasks)) for row in rows])
+    print_grid(console, heads(report), rows(report))
     console.print(EXPLAINED, style="dim", markup=False, highlight=False)
     for line in reused(result.measured for result in report.results):
         console.print(line, style="dim", markup=False, highlight=False)
@@ -30,9 +27,21 @@ def print_accuracy(report: AccuracyReport, console: Console | None = None) -> No
         console.print(reason, style="red", markup=False, highlight=False)
 
 
-def _name(row: tuple[str, str, str]) -> str:
-    artefact, precision, runtime = row
-    return f"{Path(artefact).name} ({precision})\n{runtime}"
+def heads(report: AccuracyReport) -> tuple[str, ...]:
+    """What the columns are: the artefact, and every task."""
+    return "Artefact", *(_head(task, report) for task in report.tasks)
+
+
+def rows(report: AccuracyReport) -> list[tuple[str, ...]]:
+    """The cells under `heads`."""
+    names = dict.fromkeys(map(name_of, report.results))
+    cells = {(name_of(r), r.task): r for r in report.results}
+    return [(name, *(_cell(cells.get((name, t.name))) for t in report.tasks)) for name in names]
+
+
+def name_of(result: AccuracyResult) -> str:
+    """The file, its type and, on a second line, the runtime."""
+    return f"{Path(result.artefact).name} ({result.precision})\n{result.runtime}"
 
 
 def _head(task: AskedTask, report: AccuracyReport) -> str:

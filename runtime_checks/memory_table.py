@@ -31,26 +31,31 @@ def print_memory(report: MemoryReport, console: Console | None = None) -> None:
     """Print every curve, its parts and what is wrong, to stdout."""
     console = console or Console()
     for curve in report.curves:
-        title = f"{Path(curve.artefact).name} ({curve.precision}) in {curve.runtime}, {megabytes(curve.bytes)} on disk"
+        title = f"{name_of(curve)}, {megabytes(curve.bytes)} on disk"
         console.print(title, style="bold", markup=False, highlight=False)
-        print_grid(console, HEADS, map(_row, curve.points))
+        print_grid(console, HEADS, map(row, curve.points))
         print_grid(console, ("MB of", *PARTS.values()), map(_parts, curve.points))
     console.print(EXPLAINED, style="dim", markup=False, highlight=False)
     for line in reused(point.measured for curve in report.curves for point in curve.points):
         console.print(line, style="dim", markup=False, highlight=False)
     for skipped in report.skipped:
         console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
-    for curve in report.curves:
-        _print_reasons(console, curve)
+    for reason in failures(report):
+        console.print(reason, style="red", markup=False, highlight=False)
 
 
-def _print_reasons(console: Console, curve: MemoryCurve) -> None:
-    for reason in curve.reasons:
-        where = f"{Path(curve.artefact).name} in {curve.runtime}"
-        console.print(f"{where}, {reason}", style="red", markup=False, highlight=False)
+def name_of(curve: MemoryCurve) -> str:
+    """The file, its type and the runtime."""
+    return f"{Path(curve.artefact).name} ({curve.precision}) in {curve.runtime}"
 
 
-def _row(point: MemoryPoint) -> tuple[str, ...]:
+def failures(report: MemoryReport) -> list[str]:
+    """What failed, and where."""
+    return [f"{name_of(curve)}, {reason}" for curve in report.curves for reason in curve.reasons]
+
+
+def row(point: MemoryPoint) -> tuple[str, ...]:
+    """The cells under HEADS."""
     found = point.memory
     optional = [
         megabytes(v) if v is not None else DASH

@@ -5,6 +5,7 @@ Every plot is about as many points wide as a phone's screen.
 
 import io
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ PART_COLOURS = {"weights": "#1a9a86", "kv": "#c8772b", "compute": "#7a6fd0", "ou
 LINE_COLOURS = ("#1a9a86", "#c8772b", "#7a6fd0", "#b85c8e", "#4a90d9")
 STYLES = ("-", "--", ":", "-.")
 WIDTH = 4.6
+LONG = 13  # characters of a name from where on each has a line of its own
 Drawn = tuple[str, Rows]  # an svg element and its data, see Plot
 
 
@@ -94,11 +96,21 @@ def _perplexity(result: Result) -> tuple[float, float, float] | None:
 def bars(report: Report, value: Any, name: str) -> Drawn | None:
     """Horizontal bars, one group per runtime and type, one bar per model; value gives (length, below, above)."""
     points = {(tick(r), r.model): value(r) for r in report.results}
-    points = {key: found for key, found in points.items() if found is not None}
+    known = {key: found for key, found in points.items() if found is not None}
+    return draw_bars(known, [r.model for r in report.results], name, ("runtime", "model"))
+
+
+def draw_bars(
+    points: Mapping[tuple[str, str], tuple[float, float, float]],
+    series: Iterable[str],
+    name: str,
+    heads: tuple[str, str],
+) -> Drawn | None:
+    """Bars of (length, below, above) by group and series, in the order of `series`; heads: what the two are called."""
     if not points:
         return None
     groups = list(dict.fromkeys(group for group, _ in points))
-    models = list(dict.fromkeys(r.model for r in report.results))
+    models = list(dict.fromkeys(series))
     plt = pyplot()
     height = 0.8 / len(models)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.7 + (0.25 + 0.24 * len(models)) * len(groups)))
@@ -113,7 +125,7 @@ def bars(report: Report, value: Any, name: str) -> Drawn | None:
             lengths,
             height * 0.9,
             xerr=spread if spread.any() else None,
-            color=COLOURS[m % 4],
+            color=COLOURS[m % len(COLOURS)],
             ecolor=INK,
             capsize=2,
             label=model,
@@ -125,15 +137,17 @@ def bars(report: Report, value: Any, name: str) -> Drawn | None:
     axes.set_xlim(0, 1.24 * longest)
     axes.locator_params(axis="x", nbins=5)
     _legend(figure, axes, models)
-    rows = [[group.replace("\n", " "), model, v[0], v[0] - v[1], v[0] + v[2]] for (group, model), v in points.items()]
-    return svg_of(figure, name), [["runtime", "model", "value", "lowest", "highest"], *rows]
+    rows: list[list[Value]] = [
+        [group.replace("\n", " "), model, v[0], v[0] - v[1], v[0] + v[2]] for (group, model), v in points.items()
+    ]
+    return svg_of(figure, name), [[*heads, "value", "lowest", "highest"], *rows]
 
 
 def _legend(figure: Any, axes: Any, names: list[str]) -> None:
     if len(names) > 1:
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, borderaxespad=0.1, handlelength=1
-        )
+        columns, left = (3, 0.0) if max(map(len, names)) < LONG else (1, -0.3)
+        place = {"loc": "lower left", "bbox_to_anchor": (left, 1.0), "borderaxespad": 0.1}
+        axes.legend(**place, ncols=columns, frameon=False, handlelength=1, fontsize=10)
 
 
 def memory_bars(report: Report) -> Drawn | None:

@@ -1,11 +1,15 @@
 """Write and read reports: `report.json` (validated both ways, see schema.py) and a self-contained `report.html`."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from runtime_checks.json_file import read_model, write_model
 from runtime_checks.schema import SCHEMA_VERSION, Report
+from runtime_checks.sections import SECTIONS, Study, section
 from runtime_checks.summary import (
     COLUMNS,
     by_runtime,
@@ -34,16 +38,16 @@ def write_json(report: Report, path: Path) -> Path:
     return write_model(report, path)
 
 
-def write_html(report: Report, path: Path) -> Path:
+def write_html(report: Report, path: Path, studies: Sequence[Study] = ()) -> Path:
     """Write the page. Raises UserError if the place is not writable or the packages it needs are missing."""
-    text = html(report)
+    text = html(report, studies)
     with replace_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path
 
 
-def html(report: Report) -> str:
-    """The page: one file, no network, light and dark."""
+def html(report: Report, studies: Sequence[Study] = ()) -> str:
+    """The page: one file, no network, light and dark; studies: a section for each."""
     environment = pages("report.html")
     from runtime_checks.explain_plots import plots as explained
     from runtime_checks.plots import plots
@@ -51,7 +55,7 @@ def html(report: Report) -> str:
     environment.filters["megabytes"] = megabytes
     return environment.get_template("report.html.j2").render(
         report=report,
-        verdict=verdict(report),
+        verdict=verdict(report, studies),
         cards=cards(report),
         columns=COLUMNS,
         rows=[(result, row(result)) for result in by_runtime(report)],
@@ -62,6 +66,8 @@ def html(report: Report) -> str:
             (m.name, explained(m.explained, of=f"model-{i}-")) for i, m in enumerate(report.models) if m.explained
         ],
         continuations=continuations(report),
+        sections=[section(study, number) for number, study in enumerate(studies, 1)],
+        passed=report.passed and all(study.passed for study in studies),
     )
 
 
@@ -80,12 +86,33 @@ def pages(name: str) -> Any:
     )
 
 
+def load_results(paths: Sequence[Path]) -> tuple[Report, list[Study]]:
+    """Read files of results: all report.json files as one report, and the studies, in the order given. Raises UserError.
+
+    Without a report.json the report has no results, and the provenance of the first study.
+    """
+    if not paths:
+        raise UserError("no results were named; give one or more files that checks wrote")
+    found = [_read(Path(path)) for path in paths]
+    studies = [one for one in found if not isinstance(one, Report)]
+    reports = [one for one in found if isinstance(one, Report)]
+    return (_merged(reports) if reports else _empty(studies[0])), studies
+
+
 def load_report(paths: Sequence[Path]) -> Report:
     """Read one or more report.json files as one report: later results are appended. Raises UserError."""
-    if not paths:
-        raise UserError("no results were named; give one or more report.json files")
-    first, *others = [_read(Path(path)) for path in paths]
-    merged = first
+    report, studies = load_results(paths)
+    if studies:
+        raise UserError(f"{', '.join(map(str, paths))}: only report.json files can be one report")
+    return report
+
+
+def _empty(study: Study) -> Report:
+    return Report(created=study.created, command=study.command, machine=study.machine, packages={})
+
+
+def _merged(reports: Sequence[Report]) -> Report:
+    merged, *others = reports
     for other in others:
         lists = ("protocols", "notes", "models", "results", "costs", "skipped")
         appended = {name: _without_repeats(getattr(merged, name) + getattr(other, name)) for name in lists}
@@ -101,6 +128,11 @@ def _without_repeats(items: list[object]) -> list[object]:
     return found
 
 
-def _read(path: Path) -> Report:
-    wanted = f"report of schema version {SCHEMA_VERSION}"
+def _read(path: Path) -> Report | Study:
+    """As the first kind of file that it is; what is wrong with one that is none is told as of a report."""
+    for kind in SECTIONS:
+        with contextlib.suppress(OSError, UnicodeDecodeError, ValidationError):
+            study: Study = kind.model_validate_json(path.read_text(encoding="utf-8"))  # type: ignore[assignment]
+            return study
+    wanted = f"report of schema version {SCHEMA_VERSION}, nor another study's file"
     return read_model(Report, path, missing=f"no such result file: {path}", wanted=wanted, remedy="measure again")

@@ -1,11 +1,23 @@
 """What the report says first, and how its figures are written: everything here is text made from a `Report`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from runtime_checks.schema import BUSY, Cost, Memory, Report, Result, Speed
 
 DASH = "–"
+
+
+class Judged(Protocol):
+    """A result or study that says whether it is as it should be."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all of it is."""
+        ...
+
+
 COLUMNS = (
     "Runtime",
     "Model",
@@ -128,12 +140,15 @@ def label(result: Result | Cost) -> str:
     return result.runtime if result.runtime == "torch" else f"{result.runtime} {result.precision}"
 
 
-def verdict(report: Report) -> str:
-    """One line on the whole report."""
+def verdict(report: Report, studies: Sequence[Judged] = ()) -> str:
+    """One line on the whole report, and on the studies beside it."""
     judged = [r for r in report.results if r.parity is not None or r.reasons]
     failed = [r for r in report.results if not r.passed]
-    if failed:
-        return f"{len(failed)} of {len(report.results)} results failed"
+    lost = sum(not study.passed for study in studies)
+    if failed or lost:
+        parts = [f"{len(failed)} of {len(report.results)} results"] if failed else []
+        parts += [f"parts of {lost} of {len(studies)} studies"] if lost else []
+        return f"{' and '.join(parts)} failed"
     if not judged:
         return "Measured; nothing was compared with a reference"
     if any(r.parity is not None and r.parity.comparison == "compression cost" for r in judged):

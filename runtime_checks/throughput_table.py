@@ -26,39 +26,62 @@ def print_throughput(report: ThroughputReport, console: Console | None = None) -
     for curve in report.curves:
         role = ", the baseline" if curve.artefact == report.baseline else ""
         size = megabytes(curve.bytes)
-        name = f"{Path(curve.artefact).name} ({curve.precision}) in {curve.runtime}, {size} on disk{role}"
-        console.print(name, style="bold", markup=False, highlight=False)
-        print_grid(console, SPEEDS, map(_speeds, curve.points))
-        print_grid(console, SHARES, [_shares(report, curve, point) for point in curve.points])
+        console.print(f"{name_of(curve)}, {size} on disk{role}", style="bold", markup=False, highlight=False)
+        print_grid(console, SPEEDS, map(speeds, curve.points))
+        print_grid(console, SHARES, [shares(report, curve, point) for point in curve.points])
     console.print(EXPLAINED, style="dim", markup=False, highlight=False)
-    for limits in report.limits:
-        kernels = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in limits.bandwidth.items())
-        line = f"This machine, {limits.threads} threads: {kernels} GB/s; fp32 products {limits.gemm / 1e9:.0f} GFLOP/s."
+    for line in limit_lines(report):
         console.print(line, style="dim", markup=False, highlight=False)
-    if report.others_busy > BUSY:
-        line = f"warning: other programs took {100 * report.others_busy:.0f} % of the cores: speeds are doubtful"
-        console.print(line, style="yellow", markup=False, highlight=False)
+    for line in warnings(report):
+        console.print(f"warning: {line}", style="yellow", markup=False, highlight=False)
     for skipped in report.skipped:
         console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
-    for curve in report.curves:
-        for reason in curve.reasons:
-            line = f"{Path(curve.artefact).name} in {curve.runtime}: {reason}"
-            console.print(line, style="red", markup=False, highlight=False)
+    for reason in failures(report):
+        console.print(reason, style="red", markup=False, highlight=False)
+
+
+def name_of(curve: ThroughputCurve) -> str:
+    """The file, its type and the runtime."""
+    return f"{Path(curve.artefact).name} ({curve.precision}) in {curve.runtime}"
+
+
+def limit_lines(report: ThroughputReport) -> list[str]:
+    """The machine's limits by number of threads."""
+    lines = []
+    for limits in report.limits:
+        kernels = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in limits.bandwidth.items())
+        rate = f"fp32 products {limits.gemm / 1e9:.0f} GFLOP/s"
+        lines.append(f"This machine, {limits.threads} threads: {kernels} GB/s; {rate}.")
+    return lines
+
+
+def warnings(report: ThroughputReport) -> list[str]:
+    """What makes the speeds doubtful."""
+    if report.others_busy <= BUSY:
+        return []
+    return [f"other programs took {100 * report.others_busy:.0f} % of the cores: speeds are doubtful"]
+
+
+def failures(report: ThroughputReport) -> list[str]:
+    """What failed, and where."""
+    return [f"{name_of(curve)}: {reason}" for curve in report.curves for reason in curve.reasons]
 
 
 def _test(point: ThroughputPoint) -> tuple[str, str, str]:
     return str(point.test.threads), str(point.test.batch), f"{point.test.prompt:,}"
 
 
-def _speeds(point: ThroughputPoint) -> tuple[str, ...]:
+def speeds(point: ThroughputPoint) -> tuple[str, ...]:
+    """The cells under SPEEDS."""
     first = f"{1000 * point.seconds_to_first:,.0f} ms"
     return (*_test(point), first, _speed(point.prefill_speeds), _speed(point.decode_speeds))
 
 
-def _shares(report: ThroughputReport, curve: ThroughputCurve, point: ThroughputPoint) -> tuple[str, ...]:
+def shares(report: ThroughputReport, curve: ThroughputCurve, point: ThroughputPoint) -> tuple[str, ...]:
+    """The cells under SHARES."""
     limits = report.limits_of(point.test.threads)
-    shares = (point.bandwidth_share(limits), point.gemm_share(limits))
-    return (*_test(point), *_ratios(report.reference(curve), point), *map(_share, shares))
+    of_limits = (point.bandwidth_share(limits), point.gemm_share(limits))
+    return (*_test(point), *_ratios(report.reference(curve), point), *map(_share, of_limits))
 
 
 def _share(share: float | None) -> str:

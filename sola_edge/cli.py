@@ -456,19 +456,26 @@ def check_bench(
 
 @app.command("report")
 def report_command(
-    results: Annotated[list[Path], typer.Argument(help="report.json files of earlier checks.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="What checks wrote: report.json, frontier.json, and --output of any but tasks.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
     """Make one self-contained page of earlier results.
 
-    Example: sola-edge report parity.json bench.json -o report.html
+    Example: sola-edge report parity.json bench.json build/frontier/frontier.json -o report.html
     """
-    from runtime_checks import load_report, write_html
+    from runtime_checks import load_results, write_html
 
-    report = load_report(results)
-    write_html(report, output)
-    _finish(report, None, as_json, output)
+    report, studies = load_results(results)
+    write_html(report, output, studies)
+    if report.results or as_json:
+        _finish(report, None, as_json, output)
+    else:
+        print(f"report: {output}")
+    if not all(study.passed for study in studies):
+        raise typer.Exit(1)
 
 
 def _finish(report: Any, output: Path | None, as_json: bool, page: Path | None = None) -> None:

@@ -1,0 +1,127 @@
+"""What a report's page says of a study that has a file of its own: a frontier, memory, throughput, accuracy."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from runtime_checks import accuracy_table, frontier_table, memory_table, section_plots, throughput_table
+from runtime_checks.accuracy_schema import AccuracyReport
+from runtime_checks.frontier_front import verdict
+from runtime_checks.frontier_schema import Frontier
+from runtime_checks.memory_curve import MemoryReport
+from runtime_checks.plot import Plot
+from runtime_checks.summary import reused
+from runtime_checks.throughput_grid import ThroughputReport
+
+Study = Frontier | MemoryReport | ThroughputReport | AccuracyReport
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column heads and rows of text; title: of which artefact, empty where the rows say it."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """title; lead: what it says, in sentences; explained: how to read the tables; failures: what could not be measured."""
+
+    title: str
+    tables: list[Table]
+    plots: list[Plot]
+    explained: list[str]
+    command: list[str]
+    created: str
+    lead: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def section(study: Study, number: int) -> Section:
+    """Of one study; number: of the section, which tells its pictures apart from others. Raises UserError without matplotlib."""
+    kind = next(kind for kind in SECTIONS if isinstance(study, kind))
+    return SECTIONS[kind](study, f"study-{number}-")
+
+
+def _common(study: Any) -> dict[str, Any]:
+    return {"command": study.command, "created": study.created}
+
+
+def _skipped(study: Any) -> list[str]:
+    return [f"skipped: {one.what}: {one.reason}" for one in study.skipped]
+
+
+def _frontier(study: Frontier, of: str) -> Section:
+    return Section(
+        title=f"Frontier of {study.protocol.model}: bytes and speed against perplexity",
+        lead=verdict(study),
+        tables=[Table(frontier_table.HEADS, frontier_table.rows(study))],
+        plots=section_plots.frontier(study, of),
+        explained=[frontier_table.EXPLAINED, frontier_table.reference_line(study), *frontier_table.notes(study)],
+        failures=[f"{cell.setting}: {cell.reason}" for cell in study.cells if cell.status == "failed"],
+        **_common(study),
+    )
+
+
+def _memory(study: MemoryReport, of: str) -> Section:
+    tables = [
+        Table(memory_table.HEADS, [*map(memory_table.row, c.points)], memory_table.name_of(c)) for c in study.curves
+    ]
+    moments = reused(point.measured for curve in study.curves for point in curve.points)
+    return Section(
+        title="Memory by length of context",
+        tables=tables,
+        plots=section_plots.memory(study, of),
+        explained=[memory_table.EXPLAINED, *moments, *_skipped(study)],
+        failures=memory_table.failures(study),
+        **_common(study),
+    )
+
+
+def _throughput(study: ThroughputReport, of: str) -> Section:
+    heads = (*throughput_table.SPEEDS, *throughput_table.SHARES[len(throughput_table.TEST) :])
+    tables = [
+        Table(
+            heads,
+            [
+                (*throughput_table.speeds(p), *throughput_table.shares(study, curve, p)[len(throughput_table.TEST) :])
+                for p in curve.points
+            ],
+            throughput_table.name_of(curve),
+        )
+        for curve in study.curves
+    ]
+    return Section(
+        title="Speed by prompt, batch and threads, beside the machine's limits",
+        tables=tables,
+        plots=section_plots.throughput(study, of),
+        explained=[throughput_table.EXPLAINED, *throughput_table.limit_lines(study), *_skipped(study)],
+        warnings=throughput_table.warnings(study),
+        failures=throughput_table.failures(study),
+        **_common(study),
+    )
+
+
+def _accuracy(study: AccuracyReport, of: str) -> Section:
+    return Section(
+        title="Zero-shot accuracy",
+        tables=[Table(accuracy_table.heads(study), accuracy_table.rows(study))],
+        plots=section_plots.accuracy(study, of),
+        explained=[accuracy_table.EXPLAINED, *reused(r.measured for r in study.results), *_skipped(study)],
+        failures=study.reasons,
+        **_common(study),
+    )
+
+
+SECTIONS: dict[type[BaseModel], Callable[[Any, str], Section]] = {
+    Frontier: _frontier,
+    MemoryReport: _memory,
+    ThroughputReport: _throughput,
+    AccuracyReport: _accuracy,
+}
+"""One row for every kind of study that a page can hold."""
