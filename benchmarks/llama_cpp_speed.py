@@ -1,11 +1,12 @@
 """Speed and memory of exported GGUF files in llama.cpp, measured on this machine; run it on a quiet one.
 
-    python benchmarks/llama_cpp_speed.py [hybrid] [stock] [memory] [nodes]      all four where none is named
+    python benchmarks/llama_cpp_speed.py [hybrid] [stock] [memory] [nodes] [form]      all but form where none is named
 
 hybrid   low-rank random models of TinyLlama-1.1B's shape against the dense one, in our llama.cpp
 stock    narrow ones against the dense one, in an unmodified llama.cpp (built the first time)
 memory   the hybrid ones' resident peak and model buffer, with the file mapped and read
 nodes    operations of the graph for a layer, dense and hybrid: on a GPU, launches
+form     the hybrid ones, an FFN as two networks (ours) against halves that are joined (another build, made the first time)
 
 Options: --types f16,q8_0,q4_k_m  --rate 0.3  --prompt 512 --generate 128 --rounds 5 --threads N  --work DIR (keeps models
 and exports; what is there is used as it is)  --out FILE.json; the models' --hidden, --ffn, --layers, --heads, --kv-heads,
@@ -26,7 +27,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,16 @@ from speed import (
 )
 
 from exporters.gguf import export
-from exporters.llama_cpp import Build, build
+from exporters.llama_cpp import Build, build, edits
 from exporters.llama_cpp.build import CHOSEN
+from runtime_checks.machine import others_busy
 from runtime_checks.process import CheckError
+from runtime_checks.throughput import llama_bench_once
 from sola_edge.errors import UserError
 
 PARTS = ("hybrid", "stock", "memory", "nodes")
+MORE = ("form",)  # where it is named
+TWO_NETWORKS = "factors->split("  # of the insertion that makes two networks of an FFN
 SHARE = {"f16": 0.97, "q8_0": 0.97, "q4_k_m": 0.95}  # wanted of hybrid models, of the ratio of bytes
 OF_BYTES = 0.97  # wanted of all others
 SLACK = 1.02  # wanted of memory, times the ratio of bytes
@@ -117,6 +122,50 @@ def _chosen(used: Build) -> Iterator[None]:
         del os.environ[CHOSEN]
         if before is not None:
             os.environ[CHOSEN] = before
+
+
+def form(models: Models, types: Sequence[str], load: Load) -> list[Row]:
+    """Speed of a hybrid file in our llama.cpp against the same one without two networks, where every matrix stands alone."""
+    builds = (build(), _joined())
+
+    def measure(type: str) -> list[Row]:
+        file = models.gguf("hybrid", type)
+        runs = _in_both(file.path, builds, load)
+        ours, theirs = (replace(file, name=name) for name in ("two networks", "joined"))
+        tests = (f"pp{load.prompt}", f"tg{load.generate}")
+        return [
+            compared(ours, theirs, type, test, runs[0][i], runs[1][i], 1.0, others_busy())
+            for i, test in enumerate(tests)
+        ]
+
+    return [row for type in types for row in measure(type)]
+
+
+def _joined() -> Build:
+    """Our llama.cpp without that insertion."""
+    every = edits.INSERTIONS
+    edits.INSERTIONS = tuple(one for one in every if TWO_NETWORKS not in one.text)
+    try:
+        if len(edits.INSERTIONS) != len(every) - 1:
+            raise UserError(f"{len(every) - len(edits.INSERTIONS)} insertions have {TWO_NETWORKS!r}, one is wanted")
+        return build(targets=("llama-bench",))
+    finally:
+        edits.INSERTIONS = every
+
+
+def _in_both(path: Path, builds: Sequence[Build], load: Load) -> list[tuple[list[float], list[float]]]:
+    """(prefill, decode) speeds of a file by build, in turn, in both orders; the first round of each order is dropped."""
+    runs: list[tuple[list[float], list[float]]] = [([], []) for _ in builds]
+    once = llama_bench_once(path, load.prompt, load.generate, load.threads)
+    for order in ((0, 1), (1, 0)):
+        for number in range(1 + load.rounds):
+            for i in order:
+                with _chosen(builds[i]):
+                    prefill, decode = once(0.0)
+                if number:
+                    runs[i][0].append(load.prompt / prefill)
+                    runs[i][1].append(load.generate / decode)
+    return runs
 
 
 def memory(models: Models, types: Sequence[str], load: Load) -> list[Row]:
@@ -184,7 +233,7 @@ def print_files(facts: dict[str, dict[str, Any]], console: Console) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options, None for this process's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", nargs="*", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("benchmark", nargs="*", help=f"of {', '.join((*PARTS, *MORE))}")
     parser.add_argument("--types", default=",".join(SHARE))
     parser.add_argument("--rate", type=float, default=0.3)
     add_load(parser)
@@ -194,15 +243,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(asked: argparse.Namespace, console: Console) -> list[Row]:
     """Run what is asked, print it and write its JSON. Raises UserError for impossible options."""
     asked.benchmark = asked.benchmark or list(PARTS)
-    unknown = [part for part in asked.benchmark if part not in PARTS]
+    unknown = [part for part in asked.benchmark if part not in (*PARTS, *MORE)]
     if unknown:
-        raise UserError(f"there is no benchmark {unknown[0]!r}; choose from: {', '.join(PARTS)}")
+        raise UserError(f"there is no benchmark {unknown[0]!r}; choose from: {', '.join((*PARTS, *MORE))}")
     load, types = load_of(asked), asked.types.split(",")
     build()
     with work_folder(asked.work) as folder:
         models = Models(folder, Shape.asked(asked), asked.rate)
         rows: list[Row] = []
-        for name, part in (("hybrid", hybrid), ("stock", stock), ("memory", memory)):
+        for name, part in (("hybrid", hybrid), ("stock", stock), ("memory", memory), ("form", form)):
             if name in asked.benchmark:
                 rows += part(models, types, load)
         counted = graph_nodes(models) if "nodes" in asked.benchmark else {}

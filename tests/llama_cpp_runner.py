@@ -11,8 +11,10 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from gguf.quants import dequantize
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from exporters.llama_cpp import Build
@@ -49,6 +51,28 @@ def torch_logits(folder: Path) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     with torch.no_grad():
         return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+def torch_logits_of_halves(folder: Path) -> np.ndarray:
+    """The same where all that a llama.cpp with a file of F16 rounds is rounded: matrices, their inputs, keys and values."""
+    attention = attention_implementation(AutoConfig.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data = _half(parameter.data)
+    linear, attend = functional.linear, functional.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(functional, "linear", lambda x, weight, bias=None: linear(_half(x), weight, bias))
+        patch.setattr(
+            functional,
+            "scaled_dot_product_attention",
+            lambda q, k, v, *rest, **named: attend(q, _half(k), _half(v), *rest, **named),
+        )
+        return model(torch.tensor([IDS])).logits[0].numpy()
+
+
+def _half(values: torch.Tensor) -> torch.Tensor:
+    return values.half().float()
 
 
 def convertible(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from rich.console import Console
 from speed import Load, Row, Spread
 
 from exporters.gguf import export
-from exporters.llama_cpp import Build
+from exporters.llama_cpp import Build, edits
 from runtime_checks import check_parity
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.config import RATE_TOLERANCE, rate_of
@@ -231,3 +231,12 @@ def test_a_compression_of_the_scaling_benchmark_runs(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", hidden=128, ffn=384, layers=4)
     found = compression.compressed("layers", model, 4, 64, 32, compression.full(64, 32))
     assert found.seconds > 0 and found.peak > 50e6
+
+
+def test_the_joined_form_is_ours_without_one_insertion(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = edits.INSERTIONS
+    seen: list[tuple[edits.Insertion, ...]] = []
+    monkeypatch.setattr(llama_cpp_speed, "build", lambda **_: seen.append(edits.INSERTIONS))
+    llama_cpp_speed._joined()
+    (left,) = set(every) - set(seen[0])
+    assert left.file == "src/llama-graph.cpp" and edits.INSERTIONS is every

@@ -22,7 +22,15 @@ from layouts import (
     gate,
     with_biases,
 )
-from llama_cpp_runner import convertible, divergence, llama_cpp_logits, probe, rewritten, torch_logits
+from llama_cpp_runner import (
+    convertible,
+    divergence,
+    llama_cpp_logits,
+    probe,
+    rewritten,
+    torch_logits,
+    torch_logits_of_halves,
+)
 
 from exporters.gguf import export
 from exporters.gguf.forms import OURS, choose_form
@@ -223,6 +231,15 @@ def test_every_type_stores_values_that_read_back(dense: Path, tmp_path: Path, ty
     assert error < 2.0**-bits
 
 
+@pytest.mark.parametrize(("type", "more"), [("q4_0", "Q5_0"), ("q4_1", "Q5_1")])
+def test_in_four_bits_b_factors_have_five(compressed: Path, tmp_path: Path, type: str, more: str) -> None:
+    export(compressed, tmp_path / "x.gguf", type)
+    stored = {t.name: t.tensor_type.name for t in reader_of(tmp_path / "x.gguf").tensors if t.shape[0] % 32 == 0}
+    ends = ("lr_a.weight", "lr_b.weight", "prime.weight")
+    found = {end: {kind for name, kind in stored.items() if name.endswith(end)} for end in ends}
+    assert found == {"lr_a.weight": {type.upper()}, "lr_b.weight": {more}, "prime.weight": {type.upper()}}
+
+
 def test_values_that_f16_cannot_hold_are_refused(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "x")
     checkpoint = open_checkpoint(folder)
@@ -386,14 +403,18 @@ def test_llama_cpp_computes_every_layout(case: str, tmp_path: Path, llama_cpp_bu
         assert divergence(expected, llama_cpp_logits(llama_cpp_build, tmp_path / "x.gguf")) < limit, (type, dense)
 
 
+OVER_FLOOR = 1.5  # PyTorch with the same roundings; measured 0.6 to 1.07
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_computes_what_pytorch_does(variant: str, tmp_path: Path, llama_cpp_build: Build) -> None:
-    """Dense, factored and recomposed, in F32 (summation order alone differs) and F16."""
+    """Dense, factored and recomposed, in F32 (summation order alone differs); in F16 what rounding costs, and no more."""
     for name, is_compressed in (("dense", False), ("compressed", True)):
         folder = convertible(tiny_checkpoint(tmp_path / name, compressed=is_compressed, **VARIANTS[variant]))
         expected = torch_logits(folder)
-        for type, recomposed, limit in (("f32", False, 1e-6), ("f32", True, 1e-6), ("f16", False, 2e-3)):
+        floor = divergence(expected, torch_logits_of_halves(folder))
+        for type, recomposed, limit in (("f32", False, 1e-6), ("f32", True, 1e-6), ("f16", False, OVER_FLOOR * floor)):
             export(folder, tmp_path / "x.gguf", type, dense=recomposed)
             found = llama_cpp_logits(llama_cpp_build, tmp_path / "x.gguf")
             assert divergence(expected, found) < limit, (name, type, recomposed)

@@ -26,7 +26,8 @@ from sola_edge.layers import recompose
 
 Kind = Literal["dense", "narrow", "hybrid"]
 WHOLE = "weight"
-SUFFIXES = {WHOLE: "prime.weight", "prime": "prime.weight", "A": "lr_a.weight", "B": "lr_b.weight"}
+B_FACTOR = "lr_b.weight"
+SUFFIXES = {WHOLE: "prime.weight", "prime": "prime.weight", "A": "lr_a.weight", "B": B_FACTOR}
 OURS = tuple(SUFFIXES.values())  # ends of the names that llama.cpp with our addition alone knows
 
 

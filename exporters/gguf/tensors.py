@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
-from exporters.gguf.forms import Form, bias, expands, parts
+from exporters.gguf.forms import B_FACTOR, Form, bias, expands, parts
 from exporters.gguf.names import Names, interleave
 from exporters.gguf.rope import rope_divisors
 from exporters.gguf.types import FALLBACK, TypeRow, fits, stored_bytes
@@ -38,23 +38,23 @@ def tensors(checkpoint: Checkpoint, names: Names, row: TypeRow, form: Form) -> I
     for name, values in rope_divisors(checkpoint.config).items():
         yield _tensor(name, (rotated_channels(checkpoint.config) // 2,), row.matrix, _reader(values))
     for i in range(checkpoint.layers):
-        yield from _layer(checkpoint, names, i, row.matrix, form)
+        yield from _layer(checkpoint, names, i, row, form)
     yield _norm(checkpoint, names, architecture.final_norm)
     if not checkpoint.tied:
         yield from _matrix(checkpoint, names, architecture.head, row.embedding, form)
 
 
-def _layer(checkpoint: Checkpoint, names: Names, i: int, qtype: GGMLQuantizationType, form: Form) -> Iterator[Tensor]:
+def _layer(checkpoint: Checkpoint, names: Names, i: int, row: TypeRow, form: Form) -> Iterator[Tensor]:
     architecture = checkpoint.architecture
     prefix, fused = architecture.layer.format(i), architecture.fused if form.fused else {}
     for norm in (*architecture.hidden_norms, *architecture.head_norms):
         yield _norm(checkpoint, names, f"{prefix}.{norm}")
     for name, components in fused.items():
         children = [architecture.module(i, component) for component in components]
-        yield _fused(checkpoint, names, f"{prefix}.{name}", children, qtype, form)
+        yield _fused(checkpoint, names, f"{prefix}.{name}", children, row.matrix, form)
     separate = set(COMPONENTS).difference(*fused.values())
     for component in (c for c in COMPONENTS if c in separate):
-        yield from _matrix(checkpoint, names, architecture.module(i, component), qtype, form)
+        yield from _matrix(checkpoint, names, architecture.module(i, component), row.matrix, form, row.b)
 
 
 def expanded(checkpoint: Checkpoint, names: Names, form: Form, rounds: bool) -> tuple[str, ...]:
@@ -67,11 +67,18 @@ def expanded(checkpoint: Checkpoint, names: Names, form: Form, rounds: bool) -> 
 
 
 def _matrix(
-    checkpoint: Checkpoint, names: Names, module: str, qtype: GGMLQuantizationType, form: Form
+    checkpoint: Checkpoint,
+    names: Names,
+    module: str,
+    qtype: GGMLQuantizationType,
+    form: Form,
+    b: GGMLQuantizationType | None = None,
 ) -> Iterator[Tensor]:
+    """The parts of a matrix and its bias; b: the type of its B factor, where that is another."""
     base, heads = names.base(module), names.permuted_heads(module)
     for part in parts(checkpoint, module, form, bool(heads)):
-        yield _tensor(f"{base}.{part.suffix}", part.shape, qtype, _reader(part.read, heads if part.outputs else None))
+        stored = b if b is not None and part.suffix == B_FACTOR else qtype
+        yield _tensor(f"{base}.{part.suffix}", part.shape, stored, _reader(part.read, heads if part.outputs else None))
     name_of_bias = checkpoint.bias_name(module)
     if name_of_bias:
         shape, values = bias(checkpoint, name_of_bias, form)

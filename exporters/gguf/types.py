@@ -1,8 +1,9 @@
 """The tensor types that are written in Python: a row per `--type`.
 
 A row says how matrices are stored, how the embedding and the output head are (4- and 5-bit types keep these two in
-Q8_0), and what `general.file_type` says. One-dimensional tensors (norms, biases) are F32, as in llama.cpp's
-converter.
+Q8_0), how B of a factored matrix is, and what `general.file_type` says. In 4 bits B has one bit more than the rest:
+for each byte, rounding it costs two to three times what rounding A costs (`benchmarks/factor_bits.py`; docs/llama_cpp.md).
+One-dimensional tensors (norms, biases) are F32, as in llama.cpp's converter.
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,12 @@ FALLBACK = GGMLQuantizationType.F16
 
 @dataclass(frozen=True)
 class TypeRow:
-    """How a `--type` stores matrices, how embedding and head, and the file type it is called."""
+    """How a `--type` stores matrices, how embedding and head, the file type it is called, and B factors (None: as matrices)."""
 
     matrix: GGMLQuantizationType
     embedding: GGMLQuantizationType
     file_type: LlamaFileType
+    b: GGMLQuantizationType | None = None
 
     @property
     def rounds(self) -> bool:
@@ -40,8 +42,8 @@ TYPES = {
     "q8_0": TypeRow(_Q.Q8_0, _Q.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q5_1": TypeRow(_Q.Q5_1, _Q.Q8_0, LlamaFileType.MOSTLY_Q5_1),
     "q5_0": TypeRow(_Q.Q5_0, _Q.Q8_0, LlamaFileType.MOSTLY_Q5_0),
-    "q4_1": TypeRow(_Q.Q4_1, _Q.Q8_0, LlamaFileType.MOSTLY_Q4_1),
-    "q4_0": TypeRow(_Q.Q4_0, _Q.Q8_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": TypeRow(_Q.Q4_1, _Q.Q8_0, LlamaFileType.MOSTLY_Q4_1, b=_Q.Q5_1),
+    "q4_0": TypeRow(_Q.Q4_0, _Q.Q8_0, LlamaFileType.MOSTLY_Q4_0, b=_Q.Q5_0),
 }
 
 
