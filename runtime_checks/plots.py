@@ -33,7 +33,6 @@ def plots(report: Report) -> list[Plot]:
         ("Decode, tokens/s (median, range)", bars(report, lambda r: _speed(r, "decode"), "decode")),
         ("Peak memory, MB", memory_bars(report)),
         ("Perplexity (± standard error)", bars(report, _perplexity, "perplexity")),
-        ("Mean KL to the reference by window, nats", window_lines(report)),
     ]
     return [Plot(title, *drawn) for title, drawn in found if drawn is not None]
 
@@ -187,31 +186,3 @@ def memory_bars(report: Report) -> Drawn | None:
     ]
     rows: list[list[Value]] = [[label(r), r.model, part, size] for r, part, size in told]
     return svg_of(figure, "memory"), [["runtime", "model", "part", "bytes"], *rows]
-
-
-def window_lines(report: Report) -> Drawn | None:
-    """Mean KL of every window, log scale, one line per compared artefact."""
-    compared = [r for r in report.results if r.parity is not None and all(v is not None for v in r.parity.window_kl)]
-    if not compared or len(compared[0].parity.window_kl) < 2:  # type: ignore[union-attr]
-        return None
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
-    models = list(dict.fromkeys(r.model for r in compared))
-    labels = list(dict.fromkeys(label(r) for r in compared))
-    for result in compared:
-        assert result.parity is not None
-        values = [max(v or 0.0, 1e-16) for v in result.parity.window_kl]
-        style = STYLES[models.index(result.model) % len(STYLES)]
-        colour = LINE_COLOURS[labels.index(label(result)) % len(LINE_COLOURS)]
-        axes.plot(range(1, len(values) + 1), values, style, color=colour, marker="o", markersize=3)
-    axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("window")
-    handles = [plt.Line2D([], [], color=LINE_COLOURS[i % len(LINE_COLOURS)]) for i, _ in enumerate(labels)]
-    handles += [plt.Line2D([], [], color=INK, linestyle=STYLES[i % len(STYLES)]) for i, _ in enumerate(models)]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.42, -0.22)}
-    axes.legend(handles, [*labels, *models], ncols=2, frameon=False, fontsize=9, **place)
-    rows: list[list[Value]] = [
-        [label(r), r.model, i, kl] for r in compared if r.parity for i, kl in enumerate(r.parity.window_kl, 1)
-    ]
-    return svg_of(figure, "window-kl"), [["runtime", "model", "window", "mean KL, nats"], *rows]

@@ -50,7 +50,9 @@ def html(report: Report, studies: Sequence[Study] = ()) -> str:
     """The page: one file, no network, light and dark; studies: a section for each."""
     environment = pages("report.html")
     from runtime_checks.explain_plots import plots as explained
+    from runtime_checks.plot import Plot
     from runtime_checks.plots import plots
+    from runtime_checks.window_plots import window_plots
 
     environment.filters["megabytes"] = megabytes
     return environment.get_template("report.html.j2").render(
@@ -61,7 +63,7 @@ def html(report: Report, studies: Sequence[Study] = ()) -> str:
         rows=[(result, row(result)) for result in by_runtime(report)],
         failures=failures(report),
         warnings=warnings(report),
-        plots=plots(report),
+        plots=[*plots(report), *(Plot(title, *drawn) for title, drawn in window_plots(report) if drawn is not None)],
         explained=[
             (m.name, explained(m.explained, of=f"model-{i}-")) for i, m in enumerate(report.models) if m.explained
         ],

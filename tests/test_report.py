@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from runtime_checks.schema import (
     Throughput,
 )
 from runtime_checks.summary import cards, continuations, label, number, verdict, warnings
+from runtime_checks.window_plots import window_plots
 from sola_edge.errors import UserError
 
 PARAMETERS = {"dense": 134_515_008, "compressed": 107_612_006}
@@ -243,11 +245,35 @@ def test_a_busy_machine_is_told() -> None:
     assert "60%" in warnings(report)[0] and warnings(report)[0] in html(report)
 
 
+def test_windows_are_drawn_of_exports_and_of_what_compression_costs() -> None:
+    report = sample_report(layers=2)
+    told = dict(window_plots(report))
+    assert all(told.values())
+    _, (heads, *rows) = told["Perplexity against the baseline model's by window, %"] or ("", [[]])
+    assert heads == ["runtime", "model", "window", "change, %"]
+    assert [row[:3] for row in rows] == [["torch", "compressed / dense", i] for i in range(1, 5)]
+    nll = [
+        r.perplexity.model_copy(update={"window_nll": [3.1, 3.1, 3.1, 3.1 + math.log(1.2)]})
+        for r in report.results
+        if r.perplexity
+    ]
+    worse = [
+        r.model_copy(update={"perplexity": one}) if r.model == "compressed" else r
+        for r, one in zip(report.results, nll, strict=True)
+    ]
+    _, (_, *rows) = dict(window_plots(report.model_copy(update={"results": worse})))[
+        "Perplexity against the baseline model's by window, %"
+    ] or ("", [[]])
+    assert [row[3] for row in rows] == pytest.approx([0, 0, 0, 20])
+    one_window = [r.model_copy(update={"perplexity": None, "parity": None}) for r in report.results]
+    assert not any(drawn for _, drawn in window_plots(report.model_copy(update={"results": one_window})))
+
+
 def test_every_picture_has_its_data_as_csv() -> None:
     report = sample_report(layers=4)
     drawn = plots(report)
     told = {plot.title: list(csv.reader(io.StringIO(plot.csv))) for plot in drawn}
-    assert len(told) == 6
+    assert len(told) == 5
     heads, *rows = told["Prefill, tokens/s (median, range)"]
     assert heads == ["runtime", "model", "value", "lowest", "highest"]
     speeds = {(label(r), r.model): r.throughput.prefill for r in report.results if r.throughput}
