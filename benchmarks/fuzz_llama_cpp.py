@@ -127,6 +127,12 @@ def measured(file: Anatomy, cases: int, loader: Loader, folder: Path) -> tuple[C
     return outcomes, places
 
 
+def _compiler_file(name: str) -> str:
+    """Where the compiler has that library."""
+    done = subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000, help="damaged copies of each file")
@@ -141,8 +147,9 @@ def main() -> None:
     from sola_edge.testing import tiny_checkpoint
 
     made = build(jobs=arguments.jobs, cmake_args=CMAKE_ARGS, targets=("llama",))
-    library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    environment = made.environment() | {"LD_PRELOAD": library.stdout.strip(), "ASAN_OPTIONS": OPTIONS}
+    # the sanitizer looks for the C++ library's throw when it starts, and Python brings none: without it every throw is a crash
+    preloaded = ":".join(_compiler_file(name) for name in ("libasan.so", "libstdc++.so.6"))
+    environment = made.environment() | {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": OPTIONS}
     environment |= {"GGML_NO_BACKTRACE": "1"}
     found: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from runtime_checks.frozen import Frozen
-from runtime_checks.schema import Kind, Machine, Skipped
+from runtime_checks.schema import Kind, RunRecord, Skipped
 from runtime_checks.task_schema import Difference, Share
 
 
@@ -42,13 +42,10 @@ class AccuracyResult(Frozen):
     measured: str | None = None
 
 
-class AccuracyReport(Frozen):
+class AccuracyReport(RunRecord):
     """Every artefact on every task. reasons: what failed."""
 
     schema_version: Literal[1] = 1
-    created: str  # UTC, ISO 8601
-    command: list[str]
-    machine: Machine
     packages: dict[str, str]
     tasks: list[AskedTask]
     results: list[AccuracyResult]

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from runtime_checks.accuracy_schema import AccuracyReport, AccuracyResult, AskedTask
-from runtime_checks.grids import print_grid
+from runtime_checks.grids import print_grid, print_left_out, print_lines
 from runtime_checks.summary import DASH, reused
 
 EXPLAINED = (
@@ -18,13 +18,8 @@ def print_accuracy(report: AccuracyReport, console: Console | None = None) -> No
     """Print every cell, what was left out and what failed, to stdout."""
     console = console or Console()
     print_grid(console, heads(report), rows(report))
-    console.print(EXPLAINED, style="dim", markup=False, highlight=False)
-    for line in reused(result.measured for result in report.results):
-        console.print(line, style="dim", markup=False, highlight=False)
-    for skipped in report.skipped:
-        console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
-    for reason in report.reasons:
-        console.print(reason, style="red", markup=False, highlight=False)
+    print_lines(console, [EXPLAINED, *reused(result.measured for result in report.results)])
+    print_left_out(console, report.skipped, report.reasons)
 
 
 def heads(report: AccuracyReport) -> tuple[str, ...]:

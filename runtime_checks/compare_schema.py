@@ -10,7 +10,7 @@ from pydantic import Field
 
 from runtime_checks.frozen import Frozen
 from runtime_checks.json_file import read_model, write_model
-from runtime_checks.schema import Machine, Perplexity
+from runtime_checks.schema import Perplexity, RunRecord
 from runtime_checks.study_schema import Estimate, Status, StudyProtocol
 from runtime_checks.task_schema import TaskFile, TaskResult
 
@@ -49,13 +49,13 @@ class Cell(Frozen):
     tasks: list[TaskResult] = Field(default_factory=list)
 
 
-class Comparison(Frozen):
-    """Methods × rates against the dense model, by label and rate in the order they were asked."""
+class Comparison(RunRecord):
+    """Methods × rates against the dense model, by label and rate in the order they were asked.
+
+    created and so on are of the run that last added a figure.
+    """
 
     schema_version: Literal[1] = 1
-    created: str  # UTC, ISO 8601; this and the next two are of the run that last added a figure
-    command: list[str]
-    machine: Machine
     protocol: StudyProtocol
     dense: Perplexity | None  # null until it is measured
     task_files: list[TaskFile] = Field(default_factory=list)

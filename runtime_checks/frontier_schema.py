@@ -9,7 +9,7 @@ from typing import Literal
 
 from runtime_checks.frozen import Frozen
 from runtime_checks.json_file import read_model, write_model
-from runtime_checks.schema import Machine, Memory, Perplexity, Throughput
+from runtime_checks.schema import Memory, Perplexity, RunRecord, Throughput
 from runtime_checks.study_schema import Estimate, Status, StudyProtocol
 from sola_edge.errors import UserError
 
@@ -97,13 +97,13 @@ class FrontierCell(Frozen):
         return float(getattr(self.throughput, which).median / getattr(self.baseline, which).median)
 
 
-class Frontier(Frozen):
-    """Models × types × runtimes of one model. reference: what perplexities are divided by."""
+class Frontier(RunRecord):
+    """Models × types × runtimes of one model. reference: what perplexities are divided by.
+
+    created and so on are of the run that last added a figure.
+    """
 
     schema_version: Literal[1] = 1
-    created: str  # UTC, ISO 8601; this and the next two are of the run that last added a figure
-    command: list[str]
-    machine: Machine
     protocol: StudyProtocol
     reference: Setting
     cells: list[FrontierCell]

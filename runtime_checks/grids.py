@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime_checks.schema import Machine
+from runtime_checks.schema import Machine, Skipped
 from runtime_checks.study_schema import Estimate, StudyProtocol
 from runtime_checks.summary import DASH
 
@@ -36,6 +36,18 @@ def print_grid(console: Console, heads: Sequence[str], rows: Iterable[Sequence[s
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def print_lines(console: Console, lines: Iterable[str], style: str = "dim") -> None:
+    """Lines below a table, as they are."""
+    for line in lines:
+        console.print(line, style=style, markup=False, highlight=False)
+
+
+def print_left_out(console: Console, skipped: Iterable[Skipped], failures: Iterable[str]) -> None:
+    """What was skipped, and what failed."""
+    print_lines(console, (f"skipped: {one.what}: {one.reason}" for one in skipped), "yellow")
+    print_lines(console, failures, "red")
 
 
 def protocol_line(protocol: StudyProtocol, where: Machine, how: str) -> str:

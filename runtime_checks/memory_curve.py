@@ -18,7 +18,7 @@ from runtime_checks.machine import checked_threads, packages, run_record
 from runtime_checks.memory_model import expected_memory
 from runtime_checks.process import CheckError, Child
 from runtime_checks.runtimes.devices import CPU
-from runtime_checks.schema import Kind, Machine, Memory, Skipped
+from runtime_checks.schema import MeasuredFile, Memory, RunRecord, Skipped
 from runtime_checks.shapes import Shapes, shapes_of
 from runtime_checks.subject import Subject, memory_of
 from runtime_checks.throughput import random_prompt
@@ -57,26 +57,16 @@ class MemoryPoint(Frozen):
         return self.memory.peak / self.system_peak - 1 if self.system_peak else 0.0
 
 
-class MemoryCurve(Frozen):
+class MemoryCurve(MeasuredFile):
     """A file in a runtime. reasons: what failed, and what is off by more than the tolerances."""
 
-    artefact: str
-    kind: Kind
-    precision: str
-    bytes: int
-    runtime: str
-    version: str
     points: list[MemoryPoint]
-    reasons: list[str]
 
 
-class MemoryReport(Frozen):
+class MemoryReport(RunRecord):
     """Curves. Version 1; bytes."""
 
     schema_version: Literal[1] = 1
-    created: str  # UTC, ISO 8601
-    command: list[str]
-    machine: Machine
     packages: dict[str, str]
     tolerance: float
     curves: list[MemoryCurve]
@@ -159,14 +149,8 @@ def _curve(
         if abs(point.system_off) > SYSTEM_TOLERANCE:
             reasons.append(f"{point.context} tokens: the peak is {100 * point.system_off:+.1f} % off the system's own")
     return MemoryCurve(
-        artefact=str(subject.artefact.path),
-        kind=subject.artefact.kind,
-        precision=subject.precision,
-        bytes=subject.artefact.bytes,
-        runtime=subject.row.label,
-        version=points[0].version if points else "",
+        **{**subject.measured(), "version": points[0].version if points else "", "reasons": reasons},
         points=points,
-        reasons=reasons,
     )
 
 

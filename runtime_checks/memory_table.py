@@ -1,11 +1,9 @@
 """Memory over lengths of context on the terminal: measured, expected and what the difference is."""
 
-from pathlib import Path
-
 from rich.console import Console
 
-from runtime_checks.grids import print_grid
-from runtime_checks.memory_curve import MemoryCurve, MemoryPoint, MemoryReport
+from runtime_checks.grids import print_grid, print_left_out, print_lines
+from runtime_checks.memory_curve import MemoryPoint, MemoryReport
 from runtime_checks.summary import DASH, megabytes, reused
 
 PARTS = {
@@ -31,27 +29,11 @@ def print_memory(report: MemoryReport, console: Console | None = None) -> None:
     """Print every curve, its parts and what is wrong, to stdout."""
     console = console or Console()
     for curve in report.curves:
-        title = f"{name_of(curve)}, {megabytes(curve.bytes)} on disk"
-        console.print(title, style="bold", markup=False, highlight=False)
+        print_lines(console, [f"{curve.name}, {megabytes(curve.bytes)} on disk"], "bold")
         print_grid(console, HEADS, map(row, curve.points))
         print_grid(console, ("MB of", *PARTS.values()), map(_parts, curve.points))
-    console.print(EXPLAINED, style="dim", markup=False, highlight=False)
-    for line in reused(point.measured for curve in report.curves for point in curve.points):
-        console.print(line, style="dim", markup=False, highlight=False)
-    for skipped in report.skipped:
-        console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
-    for reason in failures(report):
-        console.print(reason, style="red", markup=False, highlight=False)
-
-
-def name_of(curve: MemoryCurve) -> str:
-    """The file, its type and the runtime."""
-    return f"{Path(curve.artefact).name} ({curve.precision}) in {curve.runtime}"
-
-
-def failures(report: MemoryReport) -> list[str]:
-    """What failed, and where."""
-    return [f"{name_of(curve)}, {reason}" for curve in report.curves for reason in curve.reasons]
+    print_lines(console, [EXPLAINED, *reused(point.measured for curve in report.curves for point in curve.points)])
+    print_left_out(console, report.skipped, (reason for curve in report.curves for reason in curve.failures))
 
 
 def row(point: MemoryPoint) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ A figure that was not measured is null. Perplexity is null when any logit was no
 """
 
 import statistics
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -208,6 +209,28 @@ class Skipped(Frozen):
     reason: str
 
 
+class MeasuredFile(Frozen):
+    """A file or folder in a runtime. reasons: what failed."""
+
+    artefact: str
+    kind: Kind
+    precision: str
+    bytes: int
+    runtime: str
+    version: str  # of the runtime
+    reasons: list[str]
+
+    @property
+    def name(self) -> str:
+        """The file, its type and the runtime, for people."""
+        return f"{Path(self.artefact).name} ({self.precision}) in {self.runtime}"
+
+    @property
+    def failures(self) -> list[str]:
+        """The reasons, each with the name."""
+        return [f"{self.name}: {reason}" for reason in self.reasons]
+
+
 class Machine(Frozen):
     """Where it was measured."""
 
@@ -219,13 +242,18 @@ class Machine(Frozen):
     python: str
 
 
-class Report(Frozen):
-    """Everything that one or more checks found."""
+class RunRecord(Frozen):
+    """Who measured, when and where, as `machine.run_record` has it."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
     created: str  # UTC, ISO 8601
     command: list[str]
     machine: Machine
+
+
+class Report(RunRecord):
+    """Everything that one or more checks found."""
+
+    schema_version: Literal[2] = SCHEMA_VERSION
     packages: dict[str, str]
     protocols: list[ProtocolRecord] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)  # how each figure was measured

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from runtime_checks import accuracy_table, memory_table, throughput_table
+from runtime_checks import accuracy_table
 from runtime_checks.accuracy_schema import AccuracyReport
 from runtime_checks.frontier_front import ratio, size
 from runtime_checks.frontier_plot import draw_bytes, draw_decode
@@ -69,7 +69,7 @@ def memory(study: MemoryReport, of: str) -> list[Plot]:
     dotted: dict[str, list[tuple[float, float]]] = {}
     rows: list[list[Value]] = [["artefact", "context", "peak, bytes", "expected, bytes"]]
     for curve in curves:
-        name = memory_table.name_of(curve)
+        name = curve.name
         lines[name] = [(p.context, p.memory.peak / 1e6) for p in curve.points]
         dotted[name] = [(p.context, sum(p.expected.values()) / 1e6) for p in curve.points if p.expected]
         rows += [[name, p.context, p.memory.peak, sum(p.expected.values()) or None] for p in curve.points]
@@ -79,7 +79,7 @@ def memory(study: MemoryReport, of: str) -> list[Plot]:
 
 def throughput(study: ThroughputReport, of: str) -> list[Plot]:
     """Decode speed over prompts, and the shares of the machine's limits."""
-    points = [(throughput_table.name_of(c), p) for c in study.curves for p in c.points]
+    points = [(c.name, p) for c in study.curves for p in c.points]
     if not points:
         return []
     lines: dict[str, list[tuple[float, float]]] = {}

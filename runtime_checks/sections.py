@@ -69,16 +69,14 @@ def _frontier(study: Frontier, of: str) -> Section:
 
 
 def _memory(study: MemoryReport, of: str) -> Section:
-    tables = [
-        Table(memory_table.HEADS, [*map(memory_table.row, c.points)], memory_table.name_of(c)) for c in study.curves
-    ]
+    tables = [Table(memory_table.HEADS, [*map(memory_table.row, c.points)], c.name) for c in study.curves]
     moments = reused(point.measured for curve in study.curves for point in curve.points)
     return Section(
         title="Memory by length of context",
         tables=tables,
         plots=section_plots.memory(study, of),
         explained=[memory_table.EXPLAINED, *moments, *_skipped(study)],
-        failures=memory_table.failures(study),
+        failures=[reason for curve in study.curves for reason in curve.failures],
         **_common(study),
     )
 
@@ -92,7 +90,7 @@ def _throughput(study: ThroughputReport, of: str) -> Section:
                 (*throughput_table.speeds(p), *throughput_table.shares(study, curve, p)[len(throughput_table.TEST) :])
                 for p in curve.points
             ],
-            throughput_table.name_of(curve),
+            curve.name,
         )
         for curve in study.curves
     ]
@@ -102,7 +100,7 @@ def _throughput(study: ThroughputReport, of: str) -> Section:
         plots=section_plots.throughput(study, of),
         explained=[throughput_table.EXPLAINED, *throughput_table.limit_lines(study), *_skipped(study)],
         warnings=throughput_table.warnings(study),
-        failures=throughput_table.failures(study),
+        failures=[reason for curve in study.curves for reason in curve.failures],
         **_common(study),
     )
 

@@ -68,6 +68,18 @@ class Subject:
         self.version = self.child.loaded["version"]
         return self.child
 
+    def measured(self) -> dict[str, Any]:
+        """The fields of a `MeasuredFile`."""
+        return {
+            "artefact": str(self.artefact.path),
+            "kind": self.artefact.kind,
+            "precision": self.precision,
+            "bytes": self.artefact.bytes,
+            "runtime": self.row.label,
+            "version": self.version,
+            "reasons": list(self.reasons),
+        }
+
     def result(self) -> Result:
         """Everything found, as the report has it."""
         parity, continuation, ppl = (self.found.get(key) for key in ("parity", "generation", "perplexity"))
@@ -83,17 +95,11 @@ class Subject:
         reasons += [finding.text for finding in findings]
         return Result(
             model=self.model,
-            artefact=str(self.artefact.path),
-            kind=self.artefact.kind,
-            precision=self.precision,
-            runtime=self.row.label,
-            version=self.version,
-            bytes=self.artefact.bytes,
+            **{**self.measured(), "reasons": reasons},
             parameters=self.parameters,
             expected_bytes=self.artefact.expected_bytes(self.parameters),
             findings=findings,
             passed=not reasons,
-            reasons=reasons,
             **self.found,
         )
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from runtime_checks.frozen import Frozen
-from runtime_checks.schema import Machine, Model
+from runtime_checks.schema import Model, RunRecord
 from runtime_checks.task_files import Kind, Metric
 
 
@@ -52,13 +52,10 @@ class TaskResult(Frozen):
     seconds: float
 
 
-class TaskReport(Frozen):
+class TaskReport(RunRecord):
     """Every checkpoint on every task, checkpoint by checkpoint."""
 
     schema_version: Literal[1] = 1
-    created: str  # UTC, ISO 8601
-    command: list[str]
-    machine: Machine
     packages: dict[str, str]
     tasks: list[TaskFile]
     models: list[Model]

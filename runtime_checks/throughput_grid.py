@@ -24,7 +24,7 @@ from runtime_checks.machine import checked_threads, others_busy, packages, run_r
 from runtime_checks.memory_model import element_bytes
 from runtime_checks.process import CheckError
 from runtime_checks.runtimes.devices import CPU
-from runtime_checks.schema import Kind, Machine, Skipped
+from runtime_checks.schema import MeasuredFile, RunRecord, Skipped
 from runtime_checks.shapes import Shapes, shapes_of
 from runtime_checks.subject import Subject
 from runtime_checks.throughput import random_prompt
@@ -82,32 +82,22 @@ class ThroughputPoint(Frozen):
         return self.prompt_flops / self.seconds_to_first / limits.gemm
 
 
-class ThroughputCurve(Frozen):
+class ThroughputCurve(MeasuredFile):
     """An artefact in a runtime. reasons: what failed."""
 
-    artefact: str
-    kind: Kind
-    precision: str
-    bytes: int
-    runtime: str
-    version: str
     points: list[ThroughputPoint]
-    reasons: list[str]
 
     def point(self, test: SpeedTest) -> ThroughputPoint | None:
         """Of a test, where it was measured."""
         return next((point for point in self.points if point.test == test), None)
 
 
-class ThroughputReport(Frozen):
+class ThroughputReport(RunRecord):
     """Curves. Version 1; bytes, seconds. baseline: the artefact that the others are compared with. limits: the CPU's, empty
     where another device was measured.
     """
 
     schema_version: Literal[1] = 1
-    created: str  # UTC, ISO 8601
-    command: list[str]
-    machine: Machine
     packages: dict[str, str]
     others_busy: float  # share of all cores that other work took before the rounds
     rounds: int
@@ -212,16 +202,7 @@ class Measured:
 
 
 def _curve(subject: Subject, points: list[ThroughputPoint]) -> ThroughputCurve:
-    return ThroughputCurve(
-        artefact=str(subject.artefact.path),
-        kind=subject.artefact.kind,
-        precision=subject.precision,
-        bytes=subject.artefact.bytes,
-        runtime=subject.row.label,
-        version=subject.version,
-        points=points,
-        reasons=subject.reasons,
-    )
+    return ThroughputCurve(**subject.measured(), points=points)
 
 
 def _measure(group: dict[int, Subject], grid: Grid, threads: int, measured: Measured) -> None:

@@ -1,11 +1,10 @@
 """Throughput on the terminal: a table for every artefact in a runtime, the machine's limits below."""
 
 import statistics
-from pathlib import Path
 
 from rich.console import Console
 
-from runtime_checks.grids import print_grid
+from runtime_checks.grids import print_grid, print_left_out, print_lines
 from runtime_checks.schema import BUSY
 from runtime_checks.summary import DASH, megabytes
 from runtime_checks.throughput_grid import ThroughputCurve, ThroughputPoint, ThroughputReport
@@ -26,23 +25,12 @@ def print_throughput(report: ThroughputReport, console: Console | None = None) -
     for curve in report.curves:
         role = ", the baseline" if curve.artefact == report.baseline else ""
         size = megabytes(curve.bytes)
-        console.print(f"{name_of(curve)}, {size} on disk{role}", style="bold", markup=False, highlight=False)
+        print_lines(console, [f"{curve.name}, {size} on disk{role}"], "bold")
         print_grid(console, SPEEDS, map(speeds, curve.points))
         print_grid(console, SHARES, [shares(report, curve, point) for point in curve.points])
-    console.print(EXPLAINED, style="dim", markup=False, highlight=False)
-    for line in limit_lines(report):
-        console.print(line, style="dim", markup=False, highlight=False)
-    for line in warnings(report):
-        console.print(f"warning: {line}", style="yellow", markup=False, highlight=False)
-    for skipped in report.skipped:
-        console.print(f"skipped: {skipped.what}: {skipped.reason}", style="yellow", markup=False, highlight=False)
-    for reason in failures(report):
-        console.print(reason, style="red", markup=False, highlight=False)
-
-
-def name_of(curve: ThroughputCurve) -> str:
-    """The file, its type and the runtime."""
-    return f"{Path(curve.artefact).name} ({curve.precision}) in {curve.runtime}"
+    print_lines(console, [EXPLAINED, *limit_lines(report)])
+    print_lines(console, (f"warning: {line}" for line in warnings(report)), "yellow")
+    print_left_out(console, report.skipped, (reason for curve in report.curves for reason in curve.failures))
 
 
 def limit_lines(report: ThroughputReport) -> list[str]:
@@ -60,11 +48,6 @@ def warnings(report: ThroughputReport) -> list[str]:
     if report.others_busy <= BUSY:
         return []
     return [f"other programs took {100 * report.others_busy:.0f} % of the cores: speeds are doubtful"]
-
-
-def failures(report: ThroughputReport) -> list[str]:
-    """What failed, and where."""
-    return [f"{name_of(curve)}: {reason}" for curve in report.curves for reason in curve.reasons]
 
 
 def _test(point: ThroughputPoint) -> tuple[str, str, str]:
