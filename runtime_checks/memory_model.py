@@ -6,24 +6,34 @@ runtime      interpreter and library: measured before the model is loaded, not m
 session      what any model makes the library touch and set up: constants, measured with a model of 0.2 MB
 weights      every tensor as it is stored (PyTorch: every parameter in fp32)
 copies       ONNX Runtime packs what it multiplies by and lets go of the mapped original, but a tied embedding stays for
-             looking up, so it is there twice. llama.cpp repacks some types, by the processor, and keeps the mapping: as it
-             tells itself. PyTorch reads a checkpoint of fewer bits through a mapping
+             looking up, so it is there twice. So it is with weights in blocks, but for the scales, which stay: packed for
+             products of integers there are PACKED times as many more. 8 bits that are multiplied in fp32 are not packed: the
+             scales are there twice, and the largest matrix is widened to fp32 for a prompt. llama.cpp repacks some types,
+             by the processor, and keeps the mapping: as it tells itself. PyTorch reads a checkpoint of fewer bits through a
+             mapping
 vocabulary   of llama.cpp's tokenizer: TOKEN bytes a token, for its text, its place in a map and its merge
 kv           2 × layers × key/value heads × channels × context × bytes of an element; llama.cpp rounds the context up.
-             Twice where past and present are two (ONNX Runtime's own API, PyTorch)
+             Twice where past and present are two (ONNX Runtime's own API; PyTorch joins them a layer at a time)
 logits       what a prefill gives: of every position in ONNX graphs
 activations  of the tokens that run at once (llama.cpp: 512 at most): two vectors of the residual stream, four of the FFN
-             (gate, up, the activation, the product), fp32; llama.cpp's attention mask besides
+             (gate, up, the activation, the product), fp32; llama.cpp's attention mask besides. ONNX Runtime's arena keeps
+             what it was once: LIVING vectors (measured)
+
+Nothing is expected of fp16 and bf16 graphs, which are for GPUs: on a CPU ONNX Runtime widens what it computes.
 """
 
 from runtime_checks.artefacts import Artefact
 from runtime_checks.shapes import F16, F32, Shapes, shapes_of
 
+UNPACKED = ("int8",)
+INTEGER_PRODUCTS = "-a8"  # end of the precisions whose activations are rounded too
 HALF = ("fp16", "bf16")  # ONNX precisions whose cache is of the graph's own type
 SESSION = {"llama.cpp": 5_000_000, "onnxruntime": 13_000_000, "onnxruntime-genai": 30_000_000, "torch": 20_000_000}
 TOKEN = 300  # bytes; measured with 49,152 tokens
 FAR = 4096  # tokens, from where on memory grows evenly
 BATCH, PADDING = 512, 256  # llama.cpp's n_ubatch, and what it rounds a context up to
+PACKED = 2.5  # scales, sums of the blocks, and half of one more (measured with 4 and 8 bits)
+LIVING = 4, 6  # vectors of the residual stream and of the FFN, for each token
 MASK = 4 + 2  # bytes of the attention mask's elements, in fp32 and cast to fp16
 
 
@@ -32,8 +42,10 @@ def expected_memory(
 ) -> dict[str, int]:
     """The parts of the peak of a process that was loaded for `context` tokens and given a prompt of so many.
 
-    baseline: measured before loading; told: what the runtime says of its own buffers.
+    baseline: measured before loading; told: what the runtime says of its own buffers. Empty where nothing is expected.
     """
+    if artefact.kind == "onnx" and artefact.precision in HALF:
+        return {}
     cache = shapes.kv_values * element_bytes(runtime, artefact.precision)
     return {
         "runtime": baseline,
@@ -55,12 +67,13 @@ def element_bytes(runtime: str, precision: str) -> int:
 def growth(runtime: str, artefact: Artefact) -> int:
     """Bytes that every further token takes where a prompt fills the context. Raises UserError where the file does not say."""
     shapes = shapes_of(artefact)
-    short, long = (sum(expected_memory(runtime, artefact, shapes, n, n, 0, {}).values()) for n in (FAR, 2 * FAR))
-    return (long - short) // FAR
+    cache = shapes.kv_values * element_bytes(runtime, artefact.precision)
+    short, long = (sum(MODELS[runtime](artefact, shapes, n, n, cache, {}).values()) for n in (FAR, 2 * FAR))
+    return round(long - short) // FAR
 
 
-def _activations(shapes: Shapes, tokens: int) -> int:
-    return tokens * (2 * shapes.hidden + 4 * shapes.ffn) * F32
+def _activations(shapes: Shapes, tokens: int, residual: int = 2, ffn: int = 4) -> int:
+    return tokens * (residual * shapes.hidden + ffn * shapes.ffn) * F32
 
 
 def _llama_cpp(a: Artefact, s: Shapes, context: int, prompt: int, cache: int, told: dict[str, int]) -> dict[str, int]:
@@ -75,22 +88,33 @@ def _llama_cpp(a: Artefact, s: Shapes, context: int, prompt: int, cache: int, to
     }
 
 
-def _graph(s: Shapes, prompt: int) -> dict[str, int]:
-    return {"copies": s.tied, "logits": prompt * s.vocab * F32, "activations": _activations(s, prompt)}
+def _graph(a: Artefact, s: Shapes, prompt: int) -> dict[str, int]:
+    logits = prompt * s.vocab * F32
+    return {"copies": _copies(a, s), "logits": logits, "activations": _activations(s, prompt, *LIVING)}
+
+
+def _copies(a: Artefact, s: Shapes) -> int:
+    if s.blocks is None:
+        return s.tied
+    if a.precision.endswith(INTEGER_PRODUCTS):
+        return s.blocks.looked_up + round(PACKED * s.blocks.scales)
+    if a.precision in UNPACKED:
+        return s.blocks.scales + s.blocks.widest * F32
+    return s.blocks.looked_up
 
 
 def _onnxruntime(a: Artefact, s: Shapes, context: int, prompt: int, cache: int, told: dict[str, int]) -> dict[str, int]:
-    return {**_graph(s, prompt), "kv": 2 * cache * context}
+    return {**_graph(a, s, prompt), "kv": 2 * cache * context}
 
 
 def _genai(a: Artefact, s: Shapes, context: int, prompt: int, cache: int, told: dict[str, int]) -> dict[str, int]:
-    return {**_graph(s, prompt), "kv": cache * context}
+    return {**_graph(a, s, prompt), "kv": cache * context}
 
 
 def _torch(a: Artefact, s: Shapes, context: int, prompt: int, cache: int, told: dict[str, int]) -> dict[str, int]:
     mapped = 0 if a.precision == "fp32" else s.weights // F32 * 2
     activations = _activations(s, prompt)
-    return {"copies": mapped, "kv": 2 * cache * context, "logits": s.vocab * F32, "activations": activations}
+    return {"copies": mapped, "kv": cache * context, "logits": s.vocab * F32, "activations": activations}
 
 
 MODELS = {"llama.cpp": _llama_cpp, "onnxruntime": _onnxruntime, "onnxruntime-genai": _genai, "torch": _torch}

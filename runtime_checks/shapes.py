@@ -22,7 +22,8 @@ class Shapes:
 
     weights, embedding: bytes as stored, of all tensors and of the table that tokens are looked up in; shared: that table is
     the output head too. rotations: bytes of tables of the rotary embedding, of which a token needs a row. matrices: parameters
-    of the layers' matrices, as many as a token is multiplied by. ffn: of the widest layer.
+    of the layers' matrices, as many as a token is multiplied by. ffn: of the widest layer. blocks: of an ONNX file whose
+    weights are in blocks, else None.
     """
 
     weights: int
@@ -37,6 +38,7 @@ class Shapes:
     hidden: int
     ffn: int
     vocab: int
+    blocks: "BlockShapes | None" = None
 
     @property
     def tied(self) -> int:
@@ -62,13 +64,35 @@ class Shapes:
         return 2 * tokens * self.matrices + 2 * scored * self.vocab * self.hidden + attention
 
 
+@dataclass(frozen=True)
+class BlockShapes:
+    """Of weights in blocks (MatMulNBits). values, scales: bytes of all of them; looked_up: of the values, those that tokens are
+    looked up in too; widest: elements of the largest matrix.
+    """
+
+    values: int
+    scales: int
+    looked_up: int
+    widest: int
+
+
 def shapes_of(artefact: Artefact) -> Shapes:
     """Raises UserError where the file does not say."""
     return READERS[artefact.kind](artefact.path)
 
 
-def _of_config(config: Any, *, weights: int, embedding: int, shared: bool, matrices: int, rotations: int = 0) -> Shapes:
+def _of_config(
+    config: Any,
+    *,
+    weights: int,
+    embedding: int,
+    shared: bool,
+    matrices: int,
+    rotations: int = 0,
+    blocks: BlockShapes | None = None,
+) -> Shapes:
     return Shapes(
+        blocks=blocks,
         weights=weights,
         embedding=embedding,
         shared=shared,
@@ -103,6 +127,7 @@ def _elements(shapes: Iterable[tuple[int, ...]]) -> int:
 
 HEAD, ROTATIONS = "lm_head", ("cos_cache", "sin_cache")  # as our graphs and onnxruntime-genai's builder call them
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
+BLOCK_PRODUCT = "MatMulNBits"
 
 
 def _of_onnx(folder: Path) -> Shapes:
@@ -127,12 +152,26 @@ def _of_onnx(folder: Path) -> Shapes:
         shared=shared,
         rotations=sum(_bytes(tensor) for name, tensor in stored.items() if name.startswith(ROTATIONS)),
         matrices=sum(_product(n, stored) for n in graph.node if not any(i.startswith(head) for i in n.input)),
+        blocks=_blocks([n for n in graph.node if n.op_type == BLOCK_PRODUCT], stored, table),
+    )
+
+
+def _blocks(products: list[Any], stored: dict[str, Any], table: list[str]) -> BlockShapes | None:
+    """table: names of what tokens are looked up in."""
+    if not products:
+        return None
+    values, scales = ([node.input[place] for node in products] for place in (1, 2))
+    return BlockShapes(
+        values=sum(_bytes(stored[name]) for name in values),
+        scales=sum(_bytes(stored[name]) for name in scales),
+        looked_up=sum(_bytes(stored[name]) for name in values if name in table),
+        widest=max(_product(node, stored) for node in products),
     )
 
 
 def _product(node: Any, stored: dict[str, Any]) -> int:
     """Weights that a node multiplies by, where it is such a product."""
-    if node.op_type == "MatMulNBits":
+    if node.op_type == BLOCK_PRODUCT:
         sizes = {a.name: a.i for a in node.attribute}
         return int(sizes["K"] * sizes["N"])
     if node.op_type not in PRODUCTS:

@@ -15,7 +15,8 @@ from runtime_checks.artefacts import Artefact, open_artefact
 from runtime_checks.launcher import launched, peak_told
 from runtime_checks.memory_curve import MemoryReport, memory_curves
 from runtime_checks.memory_model import expected_memory, growth
-from runtime_checks.shapes import Shapes, shapes_of
+from runtime_checks.memory_table import print_memory
+from runtime_checks.shapes import BlockShapes, Shapes, shapes_of
 from runtime_checks.throughput import random_prompt
 from sola_edge.cli import app
 from sola_edge.errors import UserError
@@ -101,17 +102,41 @@ def test_the_model_by_hand() -> None:
         "activations": 512 * living + 768 * 512 * 6,
     }
     assert parts("llama.cpp", "f32", {"weights": 1001})["kv"] == cache * 4 * 768
-    graph = {"runtime": 50, "weights": 1000, "copies": 100, "logits": 592 * 11 * 4, "activations": 592 * living}
-    assert parts("onnxruntime", "int8") == {**graph, "session": 13 * MB, "kv": 2 * cache * 4 * 600}
-    assert parts("onnxruntime-genai", "fp16") == {**graph, "session": 30 * MB, "kv": cache * 2 * 600}
-    assert parts("torch", "bf16")["kv"] == parts("torch", "fp32")["kv"] == 2 * cache * 4 * 600  # run in fp32
+    kept = (4 * 5 + 6 * 7) * 4
+    graph = {"runtime": 50, "weights": 1000, "copies": 100, "logits": 592 * 11 * 4, "activations": 592 * kept}
+    assert parts("onnxruntime", "fp32") == {**graph, "session": 13 * MB, "kv": 2 * cache * 4 * 600}
+    assert parts("onnxruntime-genai", "fp32") == {**graph, "session": 30 * MB, "kv": cache * 4 * 600}
+    assert parts("torch", "bf16")["kv"] == parts("torch", "fp32")["kv"] == cache * 4 * 600  # run in fp32
     assert parts("torch", "bf16")["copies"] == 500 and parts("torch", "fp32")["copies"] == 0
 
 
+def test_the_model_of_blocks_by_hand() -> None:
+    blocked = replace(SHAPES, blocks=BlockShapes(values=600, scales=40, looked_up=100, widest=70))
+
+    def copies(precision: str) -> int:
+        artefact = Artefact(Path("x"), "onnx", precision, 0)
+        return expected_memory("onnxruntime-genai", artefact, blocked, 600, 592, 50, {})["copies"]
+
+    assert copies("int8") == 40 + 70 * 4
+    assert copies("int4") == 100
+    assert copies("int4-a8") == 100 + 100  # 2.5 times the scales; the values that tokens are looked up in stay
+    assert expected_memory("onnxruntime", Artefact(Path("x"), "onnx", "fp16", 0), SHAPES, 600, 592, 50, {}) == {}
+
+
+def test_shapes_of_blocks_are_read_from_the_file(dense: Path, tmp_path: Path) -> None:
+    export = pytest.importorskip("exporters.onnx").export
+    export(dense, tmp_path / "int8", precision="int8")
+    export(dense, tmp_path / "int4", precision="int4")
+    parameters = 8000 * 512 + 8 * (3 * 512 * 2048 + 2 * 512 * 512 + 2 * 512 * 256)
+    found = {bits: shapes_of(open_artefact(tmp_path / bits)).blocks for bits in ("int8", "int4")}
+    assert found["int8"] == BlockShapes(parameters, parameters // 16 * 4, 8000 * 512, 8000 * 512)
+    assert found["int4"] == BlockShapes(parameters // 2, parameters // 32 * 4, 8000 * 512 // 2, 8000 * 512)
+
+
 def test_growth_is_what_a_longer_prompt_takes(dense: Path, onnx_folder: Path) -> None:
-    cache, living = 2 * 8 * 4 * 64 * 4, (2 * 512 + 4 * 2048) * 4
-    assert growth("torch", open_artefact(dense)) == 2 * cache + living
-    assert growth("onnxruntime-genai", open_artefact(onnx_folder)) == cache + 8000 * 4 + living
+    cache, living, kept = 2 * 8 * 4 * 64 * 4, (2 * 512 + 4 * 2048) * 4, (4 * 512 + 6 * 2048) * 4
+    assert growth("torch", open_artefact(dense)) == cache + living
+    assert growth("onnxruntime-genai", open_artefact(onnx_folder)) == cache + 8000 * 4 + kept
 
 
 def test_shapes_are_read_from_the_files(dense: Path, onnx_folder: Path) -> None:
@@ -139,6 +164,21 @@ def check(report: MemoryReport, runtimes: set[str]) -> None:
             assert sum(point.expected.values()) - point.memory.baseline == pytest.approx(own, rel=0.15)
         short, long = curve.points
         assert long.memory.peak > short.memory.peak
+
+
+@pytest.mark.parametrize(("precision", "activations"), [("int8", True), ("int4", True), ("int4", False)])
+def test_shapes_explain_the_peak_of_blocks(dense: Path, tmp_path: Path, precision: str, activations: bool) -> None:
+    onnx = pytest.importorskip("exporters.onnx")
+    chosen = onnx.Quantization(int8_activations=activations)
+    onnx.export(dense, tmp_path / "onnx", precision=precision, quantization=chosen)
+    check(memory_curves([tmp_path / "onnx"], [64, 256], threads=1), {"onnxruntime", "onnxruntime-genai"})
+
+
+def test_nothing_is_expected_of_a_graph_for_gpus(dense: Path, tmp_path: Path) -> None:
+    pytest.importorskip("exporters.onnx").export(dense, tmp_path / "onnx", precision="fp16")
+    report = memory_curves([tmp_path / "onnx"], [64], threads=1, runtimes=["onnxruntime"])
+    assert report.passed and report.curves[0].points[0].expected == {}
+    print_memory(report)
 
 
 def test_shapes_explain_the_peak_in_onnx_runtime(onnx_folder: Path) -> None:
