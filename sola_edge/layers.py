@@ -33,16 +33,24 @@ class HybridLinear(nn.Module):
     B: torch.Tensor
     order: torch.Tensor
 
-    def __init__(self, layout: MatrixLayout, bias: bool = False, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        layout: MatrixLayout,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self.layout = layout
         self.in_features, self.out_features = layout.n_in, layout.n_out
         for name, shape in layout.shapes.items():
             if name == "order":
-                self.register_buffer(name, torch.zeros(shape, dtype=torch.int32))
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.int32, device=device))
             else:
-                self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False))
-        self.bias = nn.Parameter(torch.empty(layout.n_out, dtype=dtype), requires_grad=False) if bias else None
+                empty = torch.empty(shape, dtype=dtype, device=device)
+                self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        shift = torch.empty(layout.n_out, dtype=dtype, device=device) if bias else None
+        self.bias = None if shift is None else nn.Parameter(shift, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, n_in) → (…, n_out)."""
@@ -67,20 +75,28 @@ class HybridLinear(nn.Module):
 
 
 def replace_linears(model: nn.Module, layouts: dict[str, MatrixLayout]) -> None:
-    """Put an empty HybridLinear, or an nn.Linear of another size (rank 0), in the place of each named nn.Linear."""
+    """Put an empty HybridLinear, or an nn.Linear of another size (rank 0), in the place of each named nn.Linear.
+
+    It is where that one is: on `meta` while transformers loads, so that no weight is in memory before it is read.
+    """
     for module, layout in layouts.items():
         parent_name, _, name = module.rpartition(".")
         parent = model.get_submodule(parent_name)
         old = getattr(parent, name)
-        setattr(parent, name, empty_linear(layout, old.bias is not None, old.weight.dtype))
+        setattr(parent, name, empty_linear(layout, old.bias is not None, old.weight.dtype, old.weight.device))
 
 
-def empty_linear(layout: MatrixLayout, dense_bias: bool, dtype: torch.dtype | None = None) -> nn.Module:
+def empty_linear(
+    layout: MatrixLayout, dense_bias: bool, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> nn.Module:
     """The module that computes a matrix stored so; `dense_bias`: whether the dense model's matrix has a bias."""
     bias = dense_bias or layout.bias
     if layout.rank == 0:
-        return nn.Linear(layout.n_in, layout.n_out, bias=bias, dtype=dtype).requires_grad_(False)
-    return HybridLinear(layout, bias=bias, dtype=dtype)
+        made = nn.utils.skip_init(
+            nn.Linear, layout.n_in, layout.n_out, bias=bias, dtype=dtype, device=device or torch.device("cpu")
+        )
+        return made.requires_grad_(False)
+    return HybridLinear(layout, bias, dtype, device)
 
 
 def recompose(layout: MatrixLayout, parts: dict[str, torch.Tensor]) -> torch.Tensor:

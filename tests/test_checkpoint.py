@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 import sola_edge  # noqa: F401  (registers the quantization method)
 from sola_edge import checkpoint as checkpoint_module
 from sola_edge.checkpoint import INDEX, copy_checkpoint, open_checkpoint
+from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.gguf_source import _unpermute
-from sola_edge.layers import HybridLinear
+from sola_edge.layers import HybridLinear, replace_linears
 from sola_edge.testing import tiny_checkpoint
 
 IDS = torch.arange(3, 40)[None]
@@ -189,3 +190,17 @@ def test_smollm2_tokenizer_round_trips(smollm2: Path) -> None:
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 2 == ids[-1]
     assert ids[0] != tokenizer.bos_token_id
     assert [tokenizer.decode(i) for i in tokenizer("12345")["input_ids"]] == list("12345")
+
+
+def test_nothing_is_in_memory_before_weights_are_read() -> None:
+    """transformers builds a model on `meta`; what takes the place of its matrices is there too, and not initialized."""
+    layouts = {
+        "0": MatrixLayout(n_out=8, n_in=16, prime=2, rank=3),
+        "1": MatrixLayout(n_out=6, n_in=8, prime=0, rank=0),
+        "2": MatrixLayout(n_out=16, n_in=6, prime=0, rank=3, pivot=True, gather=True),
+    }
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 8), torch.nn.Linear(6, 16))
+    replace_linears(model, layouts)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert len(tensors) == 4 + 2 + 4 and all(tensor.is_meta for tensor in tensors)
