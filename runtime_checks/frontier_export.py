@@ -7,7 +7,7 @@ from pathlib import Path
 from exporters.gguf import BLOCKS, TYPES, Importance
 from exporters.gguf import export as export_gguf
 from exporters.gguf.llama_quantize import tools
-from exporters.onnx import PRECISIONS
+from exporters.onnx import PRECISIONS, Quantization
 from exporters.onnx import export as export_onnx
 from exporters.support import check_graph, check_supported
 from runtime_checks.artefacts import open_artefact
@@ -60,15 +60,22 @@ def _check_onnx(source: Checkpoint, type: str) -> None:
 
 
 def _write_onnx(checkpoint: Path, target: Path, type: str, importance: Importance | None) -> Written:
-    export_onnx(checkpoint, target, precision=type)
+    precision, quantization = ONNX_TYPES[type]
+    export_onnx(checkpoint, target, precision=precision, quantization=quantization)
     return Written()
+
+
+# by the names that artefacts have: int8 multiplies in fp32 unless it is told otherwise, and is slow
+ONNX_TYPES = {name: (name, Quantization()) for name in PRECISIONS} | {
+    "int8-a8": ("int8", Quantization(int8_activations=True))
+}
 
 
 FORMATS = {
     row.kind: row
     for row in (
         Format("gguf", (*TYPES, *BLOCKS), "f16", ".gguf", _check_gguf, _write_gguf),
-        Format("onnx", tuple(PRECISIONS), "fp32", "-onnx", _check_onnx, _write_onnx),
+        Format("onnx", tuple(ONNX_TYPES), "fp32", "-onnx", _check_onnx, _write_onnx),
     )
 }
 

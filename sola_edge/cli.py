@@ -195,12 +195,15 @@ def export_onnx(
 
     Example: sola-edge export onnx build/small build/small-onnx --precision int8
     """
-    from exporters.onnx import Quantization, export, rounding_text
+    from exporters.onnx import Quantization, export, rounding_text, slow
 
     text = rounding_text(rounding, calibration, windows)
     quantization = Quantization(block, symmetric, int8_activations, head, text)
     result = export(checkpoint, out, graph=graph, precision=precision, quantization=quantization)
-    _print({"path": str(result.path), "bytes": result.bytes, "files": len(result.files)}, "exported", as_json)
+    told = {"path": str(result.path), "bytes": result.bytes, "files": len(result.files)}
+    if slow(precision, quantization):
+        told["speed"] = "near fp32, but slow to decode on a CPU: --int8-activations is many times faster, and less near"
+    _print(told, "exported", as_json)
 
 
 @export_app.command("gguf")

@@ -315,7 +315,7 @@ def test_a_file_without_figures_says_why(folder: Path) -> None:
 
 # --- real files ------------------------------------------------------------------------------------------------------
 
-TYPES = ("f16", "q4_k_m", "iq1_s", "fp32", "int8")
+TYPES = ("f16", "q4_k_m", "iq1_s", "fp32", "int8-a8")
 RUNTIMES = ("llama.cpp", "onnxruntime-genai")
 
 
@@ -360,7 +360,7 @@ def test_figures_are_those_of_the_files(resumed: tuple[Frontier, Frontier, Path]
     for name, label, rate, type, runtime in (
         ("dense-q4_k_m.gguf", "dense", 0.0, "q4_k_m", "llama.cpp"),
         ("sola-0.3-f16.gguf", "sola", RATE, "f16", "llama.cpp"),
-        ("sola-0.3-int8-onnx", "sola", RATE, "int8", "onnxruntime-genai"),
+        ("sola-0.3-int8-onnx", "sola", RATE, "int8-a8", "onnxruntime-genai"),
     ):
         cell = found.cell(Setting(label=label, rate=rate, type=type, runtime=runtime))
         assert cell is not None and cell.status == "measured" and cell.artefact is not None and cell.ratio is not None
@@ -404,7 +404,7 @@ def test_an_interrupted_frontier_goes_on_and_only_under_its_protocol(
     assert [c for c in begun.cells if c.status == "measured"] == [c for c in found.measured if c.setting.dense]
     copy = Path(shutil.copytree(out, tmp_path / "out", ignore=shutil.ignore_patterns("artefacts")))
     monkeypatch.setattr(module, "measure", None)
-    again = run(folder, copy, ("f16", "int8"), RUNTIMES, (RATE, 0.0))
+    again = run(folder, copy, ("f16", "int8-a8"), RUNTIMES, (RATE, 0.0))
     assert again.measured == found.measured and not (copy / "artefacts").exists()
     before = (copy / "frontier.json").read_bytes()
     with pytest.raises(UserError, match=r"another protocol \(options: generate 4 there, 5 now\).*--fresh"):

@@ -16,7 +16,7 @@ from test_onnx import Runner, empty_cache, session_of
 from test_onnx_graphs import MODELS, checkpoint_of, reference
 
 import exporters.onnx
-from exporters.onnx import Quantization
+from exporters.onnx import Quantization, slow
 from exporters.onnx.blocks import Blocks, dequantized, lookup_blocks, quantized
 from exporters.onnx.precision import DEFAULTS
 from runtime_checks.artefacts import open_artefact
@@ -362,3 +362,18 @@ def test_blocks_need_the_genai_graph(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "checkpoint", layers=1)
     with pytest.raises(UserError, match="--graph genai"):
         exporters.onnx.export(source, tmp_path / "onnx", graph="portable", precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("precision", "activations", "expected"),
+    [
+        ("fp32", None, False),
+        ("int8", None, True),
+        ("int8", True, False),
+        ("int4", None, False),
+        ("int4", False, False),
+        ("int9", None, False),
+    ],
+)
+def test_what_decodes_slowly_is_told(precision: str, activations: bool | None, expected: bool) -> None:
+    assert slow(precision, Quantization(int8_activations=activations)) is expected

@@ -2,6 +2,6 @@
 
 from exporters.onnx.export import GRAPHS, export
 from exporters.onnx.grams import Text, rounding_text
-from exporters.onnx.precision import PRECISIONS, Quantization
+from exporters.onnx.precision import PRECISIONS, Quantization, slow
 
-__all__ = ["GRAPHS", "PRECISIONS", "Quantization", "Text", "export", "rounding_text"]
+__all__ = ["GRAPHS", "PRECISIONS", "Quantization", "Text", "export", "rounding_text", "slow"]

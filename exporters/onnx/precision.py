@@ -56,6 +56,16 @@ class Quantization:
         return replace(DEFAULTS[bits], **given)
 
 
+def slow(precision: str, quantization: Quantization) -> bool:
+    """Whether ONNX Runtime multiplies by weights that it has to widen first: 8 bits with fp32 activations on a CPU.
+
+    SmolLM2 decodes 5.6 tokens/s so, 115 with rounded activations, 51 in fp32 (docs/log.md).
+    """
+    row = PRECISIONS.get(precision)
+    blocks = quantization.blocks(row.bits) if row else None
+    return blocks is not None and blocks.bits == 8 and not blocks.int8_activations
+
+
 @dataclass(frozen=True)
 class Weights:
     """How matrices and the head are stored; None is in the graph's own type."""
