@@ -128,17 +128,17 @@ def form(models: Models, types: Sequence[str], load: Load) -> list[Row]:
     """Speed of a hybrid file in our llama.cpp against the same one without two networks, where every matrix stands alone."""
     builds = (build(), _joined())
 
-    def measure(type: str) -> list[Row]:
+    def measure(candidate: str, baseline: str, type: str) -> list[Row]:
         file = models.gguf("hybrid", type)
         runs = _in_both(file.path, builds, load)
-        ours, theirs = (replace(file, name=name) for name in ("two networks", "joined"))
+        ours, theirs = (replace(file, name=name) for name in (candidate, baseline))
         tests = (f"pp{load.prompt}", f"tg{load.generate}")
         return [
             compared(ours, theirs, type, test, runs[0][i], runs[1][i], 1.0, others_busy())
             for i, test in enumerate(tests)
         ]
 
-    return [row for type in types for row in measure(type)]
+    return rows_of([("two networks", "joined", type) for type in types], measure)
 
 
 def _joined() -> Build:

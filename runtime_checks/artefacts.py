@@ -63,11 +63,14 @@ def open_artefact(path: Path) -> Artefact:
 
 
 def _gguf_type(path: Path) -> str:
-    """The tensor type that holds most of the weights, as a lower-case name."""
+    """The tensor type that holds most of the weights, as a lower-case name; B factors, which have more bits, left out."""
+    from exporters.gguf.forms import B_FACTOR
     from sola_edge.gguf_source import stored_tensors
 
     counts: Counter[str] = Counter()
     for tensor in stored_tensors(path):
+        if tensor.name.endswith(B_FACTOR):
+            continue
         counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
     if not counts:
         raise UserError(f"{path} holds no tensors; give an exported model")

@@ -37,12 +37,21 @@ WARM_UP = 8
 
 
 def subjects_of(
-    model: str, path: Path, skipped: list[Skipped], every_runtime: bool = True, device: str = CPU
+    model: str,
+    path: Path,
+    skipped: list[Skipped],
+    every_runtime: bool = True,
+    device: str = CPU,
+    runtimes: Sequence[str] | None = None,
 ) -> list[Subject]:
-    """One subject per runtime that can run the artefact on that device here; the others are noted in `skipped`."""
+    """One subject per runtime (of `runtimes`, where given) that can run the artefact on that device here; the others are noted
+    in `skipped`.
+    """
     artefact = open_artefact(path)
     found = []
     for row in runtimes_for(artefact.kind, artefact.path, device):
+        if runtimes is not None and row.name not in runtimes:
+            continue
         reason = row.absent()
         if reason is None:
             found.append(Subject(model, artefact, row))
@@ -62,9 +71,8 @@ def named_subjects(
     """
     check_runtimes(runtimes)
     check_device(device)
-    found = [s for path in paths for s in subjects_of("", Path(path), skipped, device=device)]
-    found = [s for s in found if runtimes is None or s.row.name in runtimes]
-    _refuse_nothing(found, skipped, "no runtime that was named takes it")
+    found = [s for path in paths for s in subjects_of("", Path(path), skipped, device=device, runtimes=runtimes)]
+    _refuse_nothing(found, skipped, "no runtime that was named takes it" if runtimes else "no candidates were named")
     return found
 
 

@@ -17,7 +17,7 @@ from sola_edge.checkpoint import Checkpoint
 from sola_edge.errors import UserError
 from sola_edge.files import sha256_file
 
-EXPORT_FORMAT = 1  # of what our exporters write: another number is another protocol of a frontier
+EXPORT_FORMAT = 2  # of what our exporters write: another number is another protocol of a frontier
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def markdown(found: Frontier) -> str:
     """The page frontier.md."""
     heading = f"# {found.protocol.model}: bytes, perplexity and speed"
     parts = [heading, *verdict(found), grid(HEADS, rows(found)), EXPLAINED, reference_line(found), *notes(found)]
-    return "\n\n".join([*parts, _how(found)]) + "\n"
+    return "\n\n".join([*parts, how(found)]) + "\n"
 
 
 def print_frontier(found: Frontier, console: Console | None = None) -> None:
@@ -52,7 +52,7 @@ def print_frontier(found: Frontier, console: Console | None = None) -> None:
     console.print(reference_line(found), markup=False, highlight=False)
     for line in notes(found):
         console.print(line, style="yellow", markup=False, highlight=False)
-    console.print(_how(found), style="dim", markup=False, highlight=False)
+    console.print(how(found), style="dim", markup=False, highlight=False)
 
 
 def rows(found: Frontier) -> list[tuple[str, ...]]:
@@ -130,7 +130,8 @@ def _listed(cells: list[FrontierCell]) -> str:
     return "; ".join(str(cell.setting) for cell in cells)
 
 
-def _how(found: Frontier) -> str:
+def how(found: Frontier) -> str:
+    """How it was measured, in one paragraph."""
     return protocol_line(found.protocol, found.machine, "each file in its own runtime")
 
 

@@ -1,14 +1,16 @@
 """Tables of text: as Markdown, and on the terminal; and the line below that says how a study was measured."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime_checks.schema import Machine, Skipped
+from runtime_checks.schema import Machine, MeasuredFile, Skipped
 from runtime_checks.study_schema import Estimate, StudyProtocol
 from runtime_checks.summary import DASH
 
@@ -36,6 +38,20 @@ def print_grid(console: Console, heads: Sequence[str], rows: Iterable[Sequence[s
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def unique_names(paths: Iterable[str]) -> dict[str, str]:
+    """What to call files: their names, and the whole path of those that share one."""
+    paths = list(dict.fromkeys(paths))
+    shared = Counter(Path(path).name for path in paths)
+    return {path: Path(path).name if shared[Path(path).name] == 1 else path for path in paths}
+
+
+def curve_names(curves: Iterable[MeasuredFile]) -> list[str]:
+    """What to call each curve: the file, its type and the runtime."""
+    curves = list(curves)
+    told = unique_names(curve.artefact for curve in curves)
+    return [f"{told[curve.artefact]} ({curve.precision}) in {curve.runtime}" for curve in curves]
 
 
 def print_lines(console: Console, lines: Iterable[str], style: str = "dim") -> None:

@@ -22,8 +22,13 @@ PACKAGES = (
     "numpy",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
     "onnxruntime-genai",
+    "onnxruntime-genai-cuda",
+    "onnxruntime-genai-directml",
     "gguf",
+    "nvidia-ml-py",
 )
 
 

@@ -6,6 +6,7 @@ those. Its peak is read twice: by the process itself, and by the system when it 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,8 @@ SYSTEM_TOLERANCE = 0.03  # how far the process's own peak may be from the system
 
 
 class MemoryPoint(Frozen):
-    """One length of context. expected: bytes by part, see memory_model.py, and empty on another device than the CPU.
+    """One length of context. expected: bytes by part, see memory_model.py; empty where nothing is (another device than the CPU,
+    fp16 and bf16 graphs on it), and then not judged.
 
     system_peak: wait4's, null where there is none. gpu: bytes of CUDA devices that the process held at its end, by NVIDIA's own
     library (allocators of these runtimes give nothing back before it), null where that tells nothing.
@@ -47,9 +49,9 @@ class MemoryPoint(Frozen):
     measured: str | None = None
 
     @property
-    def off(self) -> float:
-        """The model's peak - the measured one, as a share of the measured one."""
-        return sum(self.expected.values()) / self.memory.peak - 1 if self.expected else 0.0
+    def off(self) -> float | None:
+        """The model's peak - the measured one, as a share of the measured one; None where nothing is expected."""
+        return sum(self.expected.values()) / self.memory.peak - 1 if self.expected else None
 
     @property
     def system_off(self) -> float:
@@ -100,6 +102,8 @@ def memory_curves(
     threads = checked_threads(threads)
     skipped: list[Skipped] = []
     subjects = named_subjects(dict.fromkeys(map(Path, paths)), runtimes, skipped, device)
+    if device == "cuda" and find_spec("pynvml") is None:
+        skipped.append(Skipped(what="memory of the GPU", reason="the Python package nvidia-ml-py is not installed"))
     shapes = {path: shapes_of(open_artefact(path)) for path in map(Path, paths)}
     record = run_record(threads)
     earlier = _Earlier(kept, threads, record["created"])
@@ -142,7 +146,7 @@ def _curve(
         except CheckError as error:
             reasons.append(f"{context} tokens: {error}")
     for point in points:
-        if abs(point.off) > tolerance:
+        if point.off is not None and abs(point.off) > tolerance:
             reasons.append(
                 f"{point.context} tokens: the shapes say {100 * point.off:+.1f} % of the peak that was measured"
             )

@@ -25,8 +25,7 @@ Nothing is expected of fp16 and bf16 graphs, which are for GPUs: on a CPU ONNX R
 from runtime_checks.artefacts import Artefact
 from runtime_checks.shapes import F16, F32, Shapes, shapes_of
 
-UNPACKED = ("int8",)
-INTEGER_PRODUCTS = "-a8"  # end of the precisions whose activations are rounded too
+UNPACKED = 8  # bits, with fp32 products
 HALF = ("fp16", "bf16")  # ONNX precisions whose cache is of the graph's own type
 SESSION = {"llama.cpp": 5_000_000, "onnxruntime": 13_000_000, "onnxruntime-genai": 30_000_000, "torch": 20_000_000}
 TOKEN = 300  # bytes; measured with 49,152 tokens
@@ -88,27 +87,28 @@ def _llama_cpp(a: Artefact, s: Shapes, context: int, prompt: int, cache: int, to
     }
 
 
-def _graph(a: Artefact, s: Shapes, prompt: int) -> dict[str, int]:
+def _graph(s: Shapes, prompt: int) -> dict[str, int]:
     logits = prompt * s.vocab * F32
-    return {"copies": _copies(a, s), "logits": logits, "activations": _activations(s, prompt, *LIVING)}
+    return {"copies": _copies(s), "logits": logits, "activations": _activations(s, prompt, *LIVING)}
 
 
-def _copies(a: Artefact, s: Shapes) -> int:
-    if s.blocks is None:
+def _copies(s: Shapes) -> int:
+    if not s.blocks:
         return s.tied
-    if a.precision.endswith(INTEGER_PRODUCTS):
-        return s.blocks.looked_up + round(PACKED * s.blocks.scales)
-    if a.precision in UNPACKED:
-        return s.blocks.scales + s.blocks.widest * F32
-    return s.blocks.looked_up
+    unpacked = [m for m in s.blocks if m.bits == UNPACKED and not m.integers]
+    packed = [m for m in s.blocks if m not in unpacked]
+    looked_up = sum(m.values for m in packed if m.looked_up)
+    sums = PACKED * sum(m.scales for m in packed if m.integers)
+    widened = max((m.elements for m in unpacked), default=0) * F32
+    return round(looked_up + sums + sum(m.scales for m in unpacked) + widened)
 
 
 def _onnxruntime(a: Artefact, s: Shapes, context: int, prompt: int, cache: int, told: dict[str, int]) -> dict[str, int]:
-    return {**_graph(a, s, prompt), "kv": 2 * cache * context}
+    return {**_graph(s, prompt), "kv": 2 * cache * context}
 
 
 def _genai(a: Artefact, s: Shapes, context: int, prompt: int, cache: int, told: dict[str, int]) -> dict[str, int]:
-    return {**_graph(a, s, prompt), "kv": cache * context}
+    return {**_graph(s, prompt), "kv": cache * context}
 
 
 def _torch(a: Artefact, s: Shapes, context: int, prompt: int, cache: int, told: dict[str, int]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from runtime_checks.grids import print_grid, print_left_out, print_lines
+from runtime_checks.grids import curve_names, print_grid, print_left_out, print_lines
 from runtime_checks.memory_curve import MemoryPoint, MemoryReport
 from runtime_checks.summary import DASH, megabytes, reused
 
@@ -20,16 +20,16 @@ HEADS = ("Context", "Peak", "System's", "Anonymous", "Files", "GPU", "Expected",
 EXPLAINED = (
     "Peak: resident, of a fresh process, by its own account and the system's (wait4). Anonymous: pages of its own; files: "
     "mapped ones (weights, libraries). Expected: the sum of the parts below it, which follow from the shapes in the file; off: "
-    "expected - peak, as a share of the peak. GPU: of the process on CUDA devices, by NVIDIA's library; on another device than "
-    "the CPU nothing is expected."
+    "expected - peak, as a share of the peak. GPU: of the process on CUDA devices, by NVIDIA's library; where nothing is "
+    "expected (another device than the CPU, fp16 and bf16 graphs on it), the peak is not judged."
 )
 
 
 def print_memory(report: MemoryReport, console: Console | None = None) -> None:
     """Print every curve, its parts and what is wrong, to stdout."""
     console = console or Console()
-    for curve in report.curves:
-        print_lines(console, [f"{curve.name}, {megabytes(curve.bytes)} on disk"], "bold")
+    for name, curve in zip(curve_names(report.curves), report.curves, strict=True):
+        print_lines(console, [f"{name}, {megabytes(curve.bytes)} on disk"], "bold")
         print_grid(console, HEADS, map(row, curve.points))
         print_grid(console, ("MB of", *PARTS.values()), map(_parts, curve.points))
     print_lines(console, [EXPLAINED, *reused(point.measured for curve in report.curves for point in curve.points)])
@@ -43,9 +43,8 @@ def row(point: MemoryPoint) -> tuple[str, ...]:
         megabytes(v) if v is not None else DASH
         for v in (point.system_peak, found.anonymous, found.file_backed, point.gpu)
     ]
-    expected = (
-        (megabytes(sum(point.expected.values())), f"{100 * point.off:+.1f} %") if point.expected else (DASH, DASH)
-    )
+    off = point.off
+    expected = (DASH, DASH) if off is None else (megabytes(sum(point.expected.values())), f"{100 * off:+.1f} %")
     return (f"{point.context:,}", megabytes(found.peak), *optional, *expected)
 
 

@@ -1,14 +1,15 @@
 """Write and read reports: `report.json` (validated both ways, see schema.py) and a self-contained `report.html`."""
 
-import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from runtime_checks.accuracy_schema import AccuracyReport
+from runtime_checks.frontier_schema import Frontier
 from runtime_checks.json_file import read_model, write_model
-from runtime_checks.schema import SCHEMA_VERSION, Report
+from runtime_checks.memory_curve import MemoryReport
+from runtime_checks.schema import Report
 from runtime_checks.sections import SECTIONS, Study, section
 from runtime_checks.summary import (
     COLUMNS,
@@ -21,9 +22,17 @@ from runtime_checks.summary import (
     verdict,
     warnings,
 )
+from runtime_checks.throughput_grid import ThroughputReport
 from sola_edge.errors import UserError
 from sola_edge.files import replace_file
 
+NAMES = {
+    Report: "report",
+    Frontier: "frontier",
+    MemoryReport: "result of check memory",
+    ThroughputReport: "result of check throughput",
+    AccuracyReport: "result of check accuracy",
+}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -110,7 +119,8 @@ def load_report(paths: Sequence[Path]) -> Report:
 
 
 def _empty(study: Study) -> Report:
-    return Report(created=study.created, command=study.command, machine=study.machine, packages={})
+    packages = getattr(study, "packages", {})
+    return Report(created=study.created, command=study.command, machine=study.machine, packages=packages)
 
 
 def _merged(reports: Sequence[Report]) -> Report:
@@ -131,10 +141,21 @@ def _without_repeats(items: list[object]) -> list[object]:
 
 
 def _read(path: Path) -> Report | Study:
-    """As the first kind of file that it is; what is wrong with one that is none is told as of a report."""
-    for kind in SECTIONS:
-        with contextlib.suppress(OSError, UnicodeDecodeError, ValidationError):
-            study: Study = kind.model_validate_json(path.read_text(encoding="utf-8"))  # type: ignore[assignment]
-            return study
-    wanted = f"report of schema version {SCHEMA_VERSION}, nor another study's file"
-    return read_model(Report, path, missing=f"no such result file: {path}", wanted=wanted, remedy="measure again")
+    """As the kind of file that its fields say it is; what is none is refused as a report."""
+    kind = _kind(path)
+    version = kind.model_fields["schema_version"].default
+    wanted = f"{NAMES[kind]} of schema version {version}"
+    found: Report | Study = read_model(
+        kind, path, missing=f"no such result file: {path}", wanted=wanted, remedy="measure again"
+    )
+    return found
+
+
+def _kind(path: Path) -> Any:
+    """The first of the studies' models all of whose required fields are there, else a report's."""
+    try:
+        fields = set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # told when it is read
+        return Report
+    required = {kind: {name for name, field in kind.model_fields.items() if field.is_required()} for kind in SECTIONS}
+    return next((kind for kind, names in required.items() if names <= fields), Report)

@@ -10,11 +10,13 @@ from runtime_checks.frontier_front import ratio, size
 from runtime_checks.frontier_plot import draw_bytes, draw_decode
 from runtime_checks.frontier_schema import Frontier
 from runtime_checks.frontier_table import marks_of
+from runtime_checks.grids import curve_names
 from runtime_checks.memory_curve import MemoryReport
 from runtime_checks.plot import Plot, Value
 from runtime_checks.plots import LINE_COLOURS, STYLES, WIDTH, Drawn, draw_bars, pyplot, svg_of
 from runtime_checks.throughput_grid import SpeedTest, ThroughputPoint, ThroughputReport
 
+STROKES = [style for style in STYLES if style != ":"]  # dotted is what is expected
 FRONTIER_SIDES = 6.2, 5.0  # inches: points have names beside them
 
 
@@ -65,21 +67,21 @@ def memory(study: MemoryReport, of: str) -> list[Plot]:
     curves = [curve for curve in study.curves if curve.points]
     if not curves:
         return []
+    names = curve_names(curves)
     lines: dict[str, list[tuple[float, float]]] = {}
     dotted: dict[str, list[tuple[float, float]]] = {}
-    rows: list[list[Value]] = [["artefact", "context", "peak, bytes", "expected, bytes"]]
-    for curve in curves:
-        name = curve.name
+    rows: list[list[Value]] = [["artefact", "context", "peak, bytes", "expected, bytes", "GPU, bytes"]]
+    for name, curve in zip(names, curves, strict=True):
         lines[name] = [(p.context, p.memory.peak / 1e6) for p in curve.points]
         dotted[name] = [(p.context, sum(p.expected.values()) / 1e6) for p in curve.points if p.expected]
-        rows += [[name, p.context, p.memory.peak, sum(p.expected.values()) or None] for p in curve.points]
+        rows += [[name, p.context, p.memory.peak, sum(p.expected.values()) or None, p.gpu] for p in curve.points]
     drawn = _lines(lines, f"{of}memory", "tokens of context", dotted), rows
     return _plots([("Peak memory, MB (dotted: what the shapes say)", drawn)])
 
 
 def throughput(study: ThroughputReport, of: str) -> list[Plot]:
     """Decode speed over prompts, and the shares of the machine's limits."""
-    points = [(c.name, p) for c in study.curves for p in c.points]
+    points = [(name, p) for name, c in zip(curve_names(study.curves), study.curves, strict=True) for p in c.points]
     if not points:
         return []
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -131,7 +133,7 @@ def _shares(
 
 def accuracy(study: AccuracyReport, of: str) -> list[Plot]:
     """Bars with standard errors, a group for every task."""
-    names = [accuracy_table.name_of(r).replace("\n", " in ") for r in study.results]
+    names = [accuracy_table.name_in(study, r) for r in study.results]
     points = {}
     for name, result in zip(names, study.results, strict=True):
         found = result.metrics[result.metric]
@@ -149,7 +151,7 @@ def _lines(
     figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
     for number, (label, points) in enumerate(lines.items()):
         colour = LINE_COLOURS[number % len(LINE_COLOURS)]
-        style = STYLES[number // len(LINE_COLOURS) % len(STYLES)]
+        style = STROKES[number // len(LINE_COLOURS) % len(STROKES)]
         axes.plot(*zip(*sorted(points), strict=True), style, color=colour, marker="o", markersize=3, label=label)
         if dotted.get(label):
             axes.plot(*zip(*sorted(dotted[label]), strict=True), ":", color=colour)

@@ -10,6 +10,7 @@ from runtime_checks import accuracy_table, frontier_table, memory_table, section
 from runtime_checks.accuracy_schema import AccuracyReport
 from runtime_checks.frontier_front import verdict
 from runtime_checks.frontier_schema import Frontier
+from runtime_checks.grids import curve_names
 from runtime_checks.memory_curve import MemoryReport
 from runtime_checks.plot import Plot
 from runtime_checks.summary import reused
@@ -29,14 +30,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """title; lead: what it says, in sentences; explained: how to read the tables; failures: what could not be measured."""
+    """title; lead: what it says, in sentences; explained: how to read the tables; provenance: by which command, when and where;
+    failures: what could not be measured.
+    """
 
     title: str
     tables: list[Table]
     plots: list[Plot]
     explained: list[str]
-    command: list[str]
-    created: str
+    provenance: str
     lead: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -48,8 +50,25 @@ def section(study: Study, number: int) -> Section:
     return SECTIONS[kind](study, f"study-{number}-")
 
 
+def failures_of(study: Study) -> list[str]:
+    """What could not be measured, or is not as it should be."""
+    if isinstance(study, Frontier):
+        return [f"{cell.setting}: {cell.reason}" for cell in study.cells if cell.status == "failed"]
+    if isinstance(study, AccuracyReport):
+        return study.reasons
+    return [reason for curve in study.curves for reason in curve.failures]
+
+
 def _common(study: Any) -> dict[str, Any]:
-    return {"command": study.command, "created": study.created}
+    where = study.machine
+    versions = "".join(f", {name} {version}" for name, version in getattr(study, "packages", {}).items())
+    told = (
+        f"{where.processor}, {where.cores} cores, {where.threads_used} threads, {where.system}, Python {where.python}"
+    )
+    return {
+        "provenance": f"{study.created} · {' '.join(study.command)} · {told}{versions}",
+        "failures": failures_of(study),
+    }
 
 
 def _skipped(study: Any) -> list[str]:
@@ -62,21 +81,28 @@ def _frontier(study: Frontier, of: str) -> Section:
         lead=verdict(study),
         tables=[Table(frontier_table.HEADS, frontier_table.rows(study))],
         plots=section_plots.frontier(study, of),
-        explained=[frontier_table.EXPLAINED, frontier_table.reference_line(study), *frontier_table.notes(study)],
-        failures=[f"{cell.setting}: {cell.reason}" for cell in study.cells if cell.status == "failed"],
+        explained=[
+            frontier_table.EXPLAINED,
+            frontier_table.reference_line(study),
+            *(line for line in frontier_table.notes(study) if line not in failures_of(study)),
+            frontier_table.how(study),
+        ],
         **_common(study),
     )
 
 
 def _memory(study: MemoryReport, of: str) -> Section:
-    tables = [Table(memory_table.HEADS, [*map(memory_table.row, c.points)], c.name) for c in study.curves]
+    names = curve_names(study.curves)
+    tables = [
+        Table(memory_table.HEADS, [*map(memory_table.row, curve.points)], name)
+        for name, curve in zip(names, study.curves, strict=True)
+    ]
     moments = reused(point.measured for curve in study.curves for point in curve.points)
     return Section(
         title="Memory by length of context",
         tables=tables,
         plots=section_plots.memory(study, of),
         explained=[memory_table.EXPLAINED, *moments, *_skipped(study)],
-        failures=[reason for curve in study.curves for reason in curve.failures],
         **_common(study),
     )
 
@@ -90,9 +116,9 @@ def _throughput(study: ThroughputReport, of: str) -> Section:
                 (*throughput_table.speeds(p), *throughput_table.shares(study, curve, p)[len(throughput_table.TEST) :])
                 for p in curve.points
             ],
-            curve.name,
+            name,
         )
-        for curve in study.curves
+        for name, curve in zip(curve_names(study.curves), study.curves, strict=True)
     ]
     return Section(
         title="Speed by prompt, batch and threads, beside the machine's limits",
@@ -100,7 +126,6 @@ def _throughput(study: ThroughputReport, of: str) -> Section:
         plots=section_plots.throughput(study, of),
         explained=[throughput_table.EXPLAINED, *throughput_table.limit_lines(study), *_skipped(study)],
         warnings=throughput_table.warnings(study),
-        failures=[reason for curve in study.curves for reason in curve.failures],
         **_common(study),
     )
 
@@ -111,7 +136,6 @@ def _accuracy(study: AccuracyReport, of: str) -> Section:
         tables=[Table(accuracy_table.heads(study), accuracy_table.rows(study))],
         plots=section_plots.accuracy(study, of),
         explained=[accuracy_table.EXPLAINED, *reused(r.measured for r in study.results), *_skipped(study)],
-        failures=study.reasons,
         **_common(study),
     )
 

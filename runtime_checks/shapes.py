@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime_checks.artefacts import Artefact
+from runtime_checks.artefacts import INTEGERS, Artefact
 from sola_edge.architecture import architecture_of, head_dim, kv_heads
 from sola_edge.checkpoint import open_checkpoint
 from sola_edge.errors import UserError
@@ -22,8 +22,8 @@ class Shapes:
 
     weights, embedding: bytes as stored, of all tensors and of the table that tokens are looked up in; shared: that table is
     the output head too. rotations: bytes of tables of the rotary embedding, of which a token needs a row. matrices: parameters
-    of the layers' matrices, as many as a token is multiplied by. ffn: of the widest layer. blocks: of an ONNX file whose
-    weights are in blocks, else None.
+    of the layers' matrices, as many as a token is multiplied by. ffn: of the widest layer. blocks: of an ONNX file, the
+    matrices whose weights are in blocks.
     """
 
     weights: int
@@ -38,7 +38,7 @@ class Shapes:
     hidden: int
     ffn: int
     vocab: int
-    blocks: "BlockShapes | None" = None
+    blocks: "tuple[BlockMatrix, ...]" = ()
 
     @property
     def tied(self) -> int:
@@ -65,15 +65,17 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class BlockShapes:
-    """Of weights in blocks (MatMulNBits). values, scales: bytes of all of them; looked_up: of the values, those that tokens are
-    looked up in too; widest: elements of the largest matrix.
+class BlockMatrix:
+    """A matrix of weights in blocks (MatMulNBits): bits of a weight; whether its products are of integers; elements; bytes of
+    its values and its scales; whether tokens are looked up in the values too.
     """
 
+    bits: int
+    integers: bool
+    elements: int
     values: int
     scales: int
-    looked_up: int
-    widest: int
+    looked_up: bool
 
 
 def shapes_of(artefact: Artefact) -> Shapes:
@@ -89,7 +91,7 @@ def _of_config(
     shared: bool,
     matrices: int,
     rotations: int = 0,
-    blocks: BlockShapes | None = None,
+    blocks: tuple[BlockMatrix, ...] = (),
 ) -> Shapes:
     return Shapes(
         blocks=blocks,
@@ -152,20 +154,21 @@ def _of_onnx(folder: Path) -> Shapes:
         shared=shared,
         rotations=sum(_bytes(tensor) for name, tensor in stored.items() if name.startswith(ROTATIONS)),
         matrices=sum(_product(n, stored) for n in graph.node if not any(i.startswith(head) for i in n.input)),
-        blocks=_blocks([n for n in graph.node if n.op_type == BLOCK_PRODUCT], stored, table),
+        blocks=tuple(_block_matrix(n, stored, table) for n in graph.node if n.op_type == BLOCK_PRODUCT),
     )
 
 
-def _blocks(products: list[Any], stored: dict[str, Any], table: list[str]) -> BlockShapes | None:
+def _block_matrix(node: Any, stored: dict[str, Any], table: list[str]) -> BlockMatrix:
     """table: names of what tokens are looked up in."""
-    if not products:
-        return None
-    values, scales = ([node.input[place] for node in products] for place in (1, 2))
-    return BlockShapes(
-        values=sum(_bytes(stored[name]) for name in values),
-        scales=sum(_bytes(stored[name]) for name in scales),
-        looked_up=sum(_bytes(stored[name]) for name in values if name in table),
-        widest=max(_product(node, stored) for node in products),
+    made = {a.name: a.i for a in node.attribute}
+    _, values, scales, *_ = node.input
+    return BlockMatrix(
+        bits=made.get("bits", 4),
+        integers=made.get("accuracy_level") == INTEGERS,
+        elements=_product(node, stored),
+        values=_bytes(stored[values]),
+        scales=_bytes(stored[scales]),
+        looked_up=values in table,
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from runtime_checks.machine import others_busy, waiting_policy
 from runtime_checks.process import CheckError, Child
-from runtime_checks.runtimes.devices import CPU, listed_device
+from runtime_checks.runtimes.devices import ALL_LAYERS, CPU, listed_device
 from runtime_checks.schema import Speed, Throughput
 from sola_edge.progress import track
 
@@ -27,7 +27,6 @@ Once = Callable[
     [float], tuple[float, float]
 ]  # share of the cores in others' use → seconds of the prefill and of the decode
 SEED = 0
-ALL_LAYERS = 999
 
 
 def random_prompt(tokens: int, vocab: int) -> list[int]:

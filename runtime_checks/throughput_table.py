@@ -4,7 +4,7 @@ import statistics
 
 from rich.console import Console
 
-from runtime_checks.grids import print_grid, print_left_out, print_lines
+from runtime_checks.grids import curve_names, print_grid, print_left_out, print_lines
 from runtime_checks.schema import BUSY
 from runtime_checks.summary import DASH, megabytes
 from runtime_checks.throughput_grid import ThroughputCurve, ThroughputPoint, ThroughputReport
@@ -22,10 +22,10 @@ EXPLAINED = (
 def print_throughput(report: ThroughputReport, console: Console | None = None) -> None:
     """Print every curve, the limits, and what failed, to stdout."""
     console = console or Console()
-    for curve in report.curves:
+    for name, curve in zip(curve_names(report.curves), report.curves, strict=True):
         role = ", the baseline" if curve.artefact == report.baseline else ""
         size = megabytes(curve.bytes)
-        print_lines(console, [f"{curve.name}, {size} on disk{role}"], "bold")
+        print_lines(console, [f"{name}, {size} on disk{role}"], "bold")
         print_grid(console, SPEEDS, map(speeds, curve.points))
         print_grid(console, SHARES, [shares(report, curve, point) for point in curve.points])
     print_lines(console, [EXPLAINED, *limit_lines(report)])

@@ -56,8 +56,9 @@ def _is(result: Result, cost: Cost, model: str) -> bool:
 
 
 def _draw(lines: Sequence[Line], name: str, head: str, logarithmic: bool = False) -> Drawn | None:
-    """A line over the windows for each; colours are runtimes, strokes are models."""
-    if not lines or len(lines[0][2]) < 2:
+    """A line over the windows for each that has two; colours are runtimes, strokes are models."""
+    lines = [line for line in lines if len(line[2]) > 1]
+    if not lines:
         return None
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(WIDTH, 3.0))

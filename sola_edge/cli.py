@@ -460,7 +460,8 @@ def check_bench(
 @app.command("report")
 def report_command(
     results: Annotated[
-        list[Path], typer.Argument(help="What checks wrote: report.json, frontier.json, and --output of any but tasks.")
+        list[Path],
+        typer.Argument(help="report.json, frontier.json, what check memory, throughput and accuracy wrote."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     as_json: Json = False,
@@ -470,9 +471,13 @@ def report_command(
     Example: sola-edge report parity.json bench.json build/frontier/frontier.json -o report.html
     """
     from runtime_checks import load_results, write_html
+    from runtime_checks.sections import failures_of
 
     report, studies = load_results(results)
     write_html(report, output, studies)
+    for study in studies if not as_json else ():
+        for line in failures_of(study):
+            print(f"failed: {line}")
     if report.results or as_json:
         _finish(report, None, as_json, output)
     else:

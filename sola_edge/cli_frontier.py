@@ -54,8 +54,12 @@ def frontier(
         str, typer.Option("--rates", help="Compression rates, with commas between them; 0: dense.")
     ] = "0,0.1,0.2,0.3,0.4",
     types: Annotated[
-        str, typer.Option("--types", help="GGUF types and ONNX precisions; each goes to the runtimes that take it.")
-    ] = "f16,q8_0,q6_k,q4_k_m,q3_k_m,fp32,int8,int4",
+        str,
+        typer.Option(
+            "--types",
+            help="GGUF types and ONNX precisions (int8-a8: with --int8-activations), each in the runtimes that take it.",
+        ),
+    ] = "f16,q8_0,q6_k,q4_k_m,q3_k_m,fp32,int8-a8,int4",
     runtimes: Annotated[
         str, typer.Option("--runtimes", "--runtime", help="Of llama.cpp, onnxruntime-genai, onnxruntime.")
     ] = "llama.cpp,onnxruntime-genai",

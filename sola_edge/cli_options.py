@@ -21,7 +21,9 @@ GradientWindows = Annotated[
 CorrectionWindows = Annotated[
     int, typer.Option(help="Of those, how many later layers are corrected on; 0: no correction.")
 ]
-Device = Annotated[str, typer.Option(help="cpu or cuda: where statistics and linear algebra run.")]
+Device = Annotated[
+    str, typer.Option(help="cpu or cuda: where statistics and linear algebra run (files run on the CPU).")
+]
 OnDevice = Annotated[
     str,
     typer.Option(

@@ -92,9 +92,8 @@ def empty_linear(
     """The module that computes a matrix stored so; `dense_bias`: whether the dense model's matrix has a bias."""
     bias = dense_bias or layout.bias
     if layout.rank == 0:
-        made = nn.utils.skip_init(
-            nn.Linear, layout.n_in, layout.n_out, bias=bias, dtype=dtype, device=device or torch.device("cpu")
-        )
+        place = device or torch.empty(0).device  # that of the context, as for factors
+        made = nn.utils.skip_init(nn.Linear, layout.n_in, layout.n_out, bias=bias, dtype=dtype, device=place)
         return made.requires_grad_(False)
     return HybridLinear(layout, bias, dtype, device)
 

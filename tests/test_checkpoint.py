@@ -18,7 +18,7 @@ from sola_edge.checkpoint import INDEX, copy_checkpoint, open_checkpoint
 from sola_edge.config import MatrixLayout
 from sola_edge.errors import UserError
 from sola_edge.gguf_source import _unpermute
-from sola_edge.layers import HybridLinear, replace_linears
+from sola_edge.layers import HybridLinear, empty_linear, replace_linears
 from sola_edge.testing import tiny_checkpoint
 
 IDS = torch.arange(3, 40)[None]
@@ -204,3 +204,5 @@ def test_nothing_is_in_memory_before_weights_are_read() -> None:
     replace_linears(model, layouts)
     tensors = [*model.parameters(), *model.buffers()]
     assert len(tensors) == 4 + 2 + 4 and all(tensor.is_meta for tensor in tensors)
+    with torch.device("meta"):
+        assert all(p.is_meta for layout in layouts.values() for p in empty_linear(layout, dense_bias=True).parameters())

@@ -1,8 +1,10 @@
 """Devices: one that is not here is refused in a line, and no runtime computes elsewhere than it was asked to."""
 
-import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -136,9 +138,35 @@ def test_llama_bench_s_list_is_read_by_the_beginning_of_a_name(tmp_path: Path) -
     assert listed_device(str(tool), "MTL") is None
 
 
-def test_memory_of_a_gpu_is_not_told_where_there_is_none(dense: Path) -> None:
-    elsewhere("torch", "cuda")
-    assert gpu_memory(1) is None
-    report = memory_curves([dense], [32], threads=1, runtimes=["torch"], tolerance=0.99)
-    (point,) = report.curves[0].points
-    assert point.gpu is None and json.loads(report.model_dump_json())["curves"][0]["points"][0]["gpu"] is None
+class Driver:
+    """NVIDIA's library as far as it is asked: two devices, of which processes 7 and 8 hold memory."""
+
+    NVMLError = RuntimeError
+    HELD: ClassVar = [[(7, 100), (8, 50)], [(7, 30), (9, None)]]
+
+    def nvmlInit(self) -> None: ...
+    def nvmlShutdown(self) -> None: ...
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.HELD)
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:
+        return number
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in self.HELD[handle]]
+
+
+def test_memory_of_a_gpu_is_summed_over_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Driver())
+    assert [gpu_memory(pid) for pid in (7, 8, 9, 10)] == [130, 50, None, None]
+
+
+def test_memory_of_a_gpu_is_not_told_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(self: Driver) -> None:
+        raise Driver.NVMLError("no driver")
+
+    monkeypatch.setattr(Driver, "nvmlInit", absent)
+    monkeypatch.setitem(sys.modules, "pynvml", Driver())
+    assert gpu_memory(7) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # an ImportError
+    assert gpu_memory(7) is None

@@ -360,7 +360,7 @@ def test_figures_are_those_of_the_files(resumed: tuple[Frontier, Frontier, Path]
     for name, label, rate, type, runtime in (
         ("dense-q4_k_m.gguf", "dense", 0.0, "q4_k_m", "llama.cpp"),
         ("sola-0.3-f16.gguf", "sola", RATE, "f16", "llama.cpp"),
-        ("sola-0.3-int8-onnx", "sola", RATE, "int8-a8", "onnxruntime-genai"),
+        ("sola-0.3-int8-a8-onnx", "sola", RATE, "int8-a8", "onnxruntime-genai"),
     ):
         cell = found.cell(Setting(label=label, rate=rate, type=type, runtime=runtime))
         assert cell is not None and cell.status == "measured" and cell.artefact is not None and cell.ratio is not None

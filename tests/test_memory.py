@@ -16,7 +16,7 @@ from runtime_checks.launcher import launched, peak_told
 from runtime_checks.memory_curve import MemoryReport, memory_curves
 from runtime_checks.memory_model import expected_memory, growth
 from runtime_checks.memory_table import print_memory
-from runtime_checks.shapes import BlockShapes, Shapes, shapes_of
+from runtime_checks.shapes import BlockMatrix, Shapes, shapes_of
 from runtime_checks.throughput import random_prompt
 from sola_edge.cli import app
 from sola_edge.errors import UserError
@@ -111,15 +111,20 @@ def test_the_model_by_hand() -> None:
 
 
 def test_the_model_of_blocks_by_hand() -> None:
-    blocked = replace(SHAPES, blocks=BlockShapes(values=600, scales=40, looked_up=100, widest=70))
+    def copies(*rows: tuple[int, bool]) -> int:
+        """Of two matrices, (bits, integers) each; tokens are looked up in the second one."""
+        head, layer = rows[-1], rows[0]
+        blocks = (BlockMatrix(*layer, 50, 500, 10, False), BlockMatrix(*head, 70, 100, 30, True))
+        artefact = Artefact(Path("x"), "onnx", "int4", 0)
+        found = expected_memory("onnxruntime-genai", artefact, replace(SHAPES, blocks=blocks), 600, 592, 50, {})
+        return found["copies"]
 
-    def copies(precision: str) -> int:
-        artefact = Artefact(Path("x"), "onnx", precision, 0)
-        return expected_memory("onnxruntime-genai", artefact, blocked, 600, 592, 50, {})["copies"]
-
-    assert copies("int8") == 40 + 70 * 4
-    assert copies("int4") == 100
-    assert copies("int4-a8") == 100 + 100  # 2.5 times the scales; the values that tokens are looked up in stay
+    assert copies((8, False)) == 40 + 70 * 4
+    assert copies((4, False)) == 100
+    assert (
+        copies((4, True)) == copies((8, True)) == 100 + 100
+    )  # 2.5 times the scales; the values of a looked-up one stay
+    assert copies((4, True), (8, False)) == 25 + 30 + 70 * 4
     assert expected_memory("onnxruntime", Artefact(Path("x"), "onnx", "fp16", 0), SHAPES, 600, 592, 50, {}) == {}
 
 
@@ -129,8 +134,13 @@ def test_shapes_of_blocks_are_read_from_the_file(dense: Path, tmp_path: Path) ->
     export(dense, tmp_path / "int4", precision="int4")
     parameters = 8000 * 512 + 8 * (3 * 512 * 2048 + 2 * 512 * 512 + 2 * 512 * 256)
     found = {bits: shapes_of(open_artefact(tmp_path / bits)).blocks for bits in ("int8", "int4")}
-    assert found["int8"] == BlockShapes(parameters, parameters // 16 * 4, 8000 * 512, 8000 * 512)
-    assert found["int4"] == BlockShapes(parameters // 2, parameters // 32 * 4, 8000 * 512 // 2, 8000 * 512)
+    for name, bits, block, integers in (("int8", 8, 16, False), ("int4", 4, 32, True)):
+        blocks = found[name]
+        assert sum(m.elements for m in blocks) == parameters
+        assert sum(m.values for m in blocks) == parameters * bits // 8
+        assert sum(m.scales for m in blocks) == parameters // block * 4
+        assert {(m.bits, m.integers) for m in blocks} == {(bits, integers)}
+        assert [m.elements for m in blocks if m.looked_up] == [8000 * 512]
 
 
 def test_growth_is_what_a_longer_prompt_takes(dense: Path, onnx_folder: Path) -> None:

@@ -377,3 +377,7 @@ def test_blocks_need_the_genai_graph(tmp_path: Path) -> None:
 )
 def test_what_decodes_slowly_is_told(precision: str, activations: bool | None, expected: bool) -> None:
     assert slow(precision, Quantization(int8_activations=activations)) is expected
+
+
+def test_a_head_that_decodes_slowly_is_told() -> None:
+    assert slow("int4", Quantization(head="int8")) and not slow("int4", Quantization(head="fp32"))

@@ -59,11 +59,11 @@ class Quantization:
 def slow(precision: str, quantization: Quantization) -> bool:
     """Whether ONNX Runtime multiplies by weights that it has to widen first: 8 bits with fp32 activations on a CPU.
 
-    SmolLM2 decodes 5.6 tokens/s so, 115 with rounded activations, 51 in fp32 (docs/log.md).
+    docs/log.md has what that costs.
     """
-    row = PRECISIONS.get(precision)
-    blocks = quantization.blocks(row.bits) if row else None
-    return blocks is not None and blocks.bits == 8 and not blocks.int8_activations
+    rows = [PRECISIONS[name] for name in (precision, quantization.head) if name in PRECISIONS]
+    found = [quantization.blocks(row.bits) for row in rows]
+    return any(blocks is not None and blocks.bits == 8 and not blocks.int8_activations for blocks in found)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 CPU = "cpu"
+PATIENCE = 60  # seconds for a tool to list its devices
+ALL_LAYERS = 999  # of a model, on a device
 DEVICES = (CPU, "cuda", "vulkan", "metal", "directml")
 LISTED = re.compile(r"^\s+(\w+): ", re.MULTILINE)  # of llama-bench --list-devices
 
@@ -70,7 +72,11 @@ def ggml_device(prefix: str, cmake: str) -> Device:
         build = llama_cpp.find()
         if build is None:  # the runtime's own row says so
             return None
-        if listed_device(str(build.tool("llama-bench")), prefix) is not None:
+        try:
+            tool = str(build.tool("llama-bench"))
+        except KeyError:
+            return f"the llama.cpp in {build.folder} has no llama-bench, which tells its devices"
+        if listed_device(tool, prefix) is not None:
             return None
         return (
             f"the llama.cpp in {build.folder} finds no {prefix} device "
@@ -82,5 +88,8 @@ def ggml_device(prefix: str, cmake: str) -> Device:
 
 def listed_device(tool: str, prefix: str) -> str | None:
     """The full name of llama.cpp's first device whose name begins so, as llama-bench lists them; None: there is none."""
-    done = subprocess.run([tool, "--list-devices"], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([tool, "--list-devices"], capture_output=True, text=True, check=False, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return next((name for name in LISTED.findall(done.stdout) if name.startswith(prefix)), None)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime_checks.runtimes.devices import ALL_LAYERS, CPU
 from runtime_checks.runtimes.greedy import Rows, Timed, greedy, timed_batch
 
 FILLER = 1
@@ -28,7 +29,6 @@ PARTS = {"model": "weights", "KV": "kv", "compute": "compute", "output": "output
 ALL_F32 = "0"  # general.file_type
 TYPE_F32 = 0
 FLASH_ATTENTION_OFF = 0
-ALL_LAYERS = 999
 
 
 def _bindings() -> Any:
@@ -75,7 +75,7 @@ class Runtime:
     def load(self) -> None:
         """Raises RuntimeError with llama.cpp's own first error line."""
         params = self.lib.llama_model_default_params()
-        params.n_gpu_layers = 0 if self.device == "cpu" else ALL_LAYERS
+        params.n_gpu_layers = 0 if self.device == CPU else ALL_LAYERS
         devices = (ctypes.c_void_p * 2)(
             self._found_device(), None
         )  # none at all: a build with a GPU would use it for prompts
@@ -90,7 +90,7 @@ class Runtime:
 
     def _found_device(self) -> int | None:
         """The backend's device, the first whose name begins as the runtime's row says; None: the CPU. Raises RuntimeError."""
-        if self.device == "cpu":
+        if self.device == CPU:
             return None
         ggml = self.lib._lib  # libllama, whose dependencies have these symbols
         ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
