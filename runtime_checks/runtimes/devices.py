@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 CPU = "cpu"
 PATIENCE = 60  # seconds for a tool to list its devices
@@ -86,6 +87,7 @@ def ggml_device(prefix: str, cmake: str) -> Device:
     return Device(prefix, absent)
 
 
+@cache
 def listed_device(tool: str, prefix: str) -> str | None:
     """The full name of llama.cpp's first device whose name begins so, as llama-bench lists them; None: there is none."""
     try:

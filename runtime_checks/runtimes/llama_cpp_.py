@@ -76,9 +76,8 @@ class Runtime:
         """Raises RuntimeError with llama.cpp's own first error line."""
         params = self.lib.llama_model_default_params()
         params.n_gpu_layers = 0 if self.device == CPU else ALL_LAYERS
-        devices = (ctypes.c_void_p * 2)(
-            self._found_device(), None
-        )  # none at all: a build with a GPU would use it for prompts
+        # on the CPU an empty list: by default a build with a GPU would use it for prompts
+        devices = (ctypes.c_void_p * 2)(self._found_device(), None)
         params.devices = ctypes.cast(devices, ctypes.c_void_p)
         self.model = self.lib.llama_model_load_from_file(self.path.encode(), params)
         if not self.model:
