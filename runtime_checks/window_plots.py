@@ -20,8 +20,11 @@ def window_plots(report: Report) -> list[tuple[str, Drawn | None]]:
             "Mean KL to the reference by window, nats",
             _draw(_of_parity(report, "window_kl"), "window-kl", "mean KL, nats", logarithmic=True),
         ),
-        ("Perplexity against the reference's by window, %", _draw(changes, "window-perplexity", "change, %")),
-        ("Perplexity against the baseline model's by window, %", _draw(_of_costs(report), "window-cost", "change, %")),
+        ("Change of perplexity against the reference's by window, %", _draw(changes, "window-perplexity", "change, %")),
+        (
+            "Change of perplexity against the baseline model's by window, %",
+            _draw(_of_costs(report), "window-cost", "change, %"),
+        ),
     ]
 
 

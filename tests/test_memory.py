@@ -181,7 +181,7 @@ def test_shapes_explain_the_peak_of_blocks(dense: Path, tmp_path: Path, precisio
     onnx = pytest.importorskip("exporters.onnx")
     chosen = onnx.Quantization(int8_activations=activations)
     onnx.export(dense, tmp_path / "onnx", precision=precision, quantization=chosen)
-    # not 256: there the shapes say up to 5.6 % too much of ONNX Runtime, whose second cache finds room that is free (docs/log.md)
+    # at 256 the shapes say up to 5.6 % too much of ONNX Runtime, whose second cache finds room that is free (docs/log.md)
     check(memory_curves([tmp_path / "onnx"], [64, 128], threads=1), {"onnxruntime", "onnxruntime-genai"})
 
 

@@ -249,7 +249,7 @@ def test_windows_are_drawn_of_exports_and_of_what_compression_costs() -> None:
     report = sample_report(layers=2)
     told = dict(window_plots(report))
     assert all(told.values())
-    _, (heads, *rows) = told["Perplexity against the baseline model's by window, %"] or ("", [[]])
+    _, (heads, *rows) = told["Change of perplexity against the baseline model's by window, %"] or ("", [[]])
     assert heads == ["runtime", "model", "window", "change, %"]
     assert [row[:3] for row in rows] == [["torch", "compressed / dense", i] for i in range(1, 5)]
     nll = [
@@ -262,7 +262,7 @@ def test_windows_are_drawn_of_exports_and_of_what_compression_costs() -> None:
         for r, one in zip(report.results, nll, strict=True)
     ]
     _, (_, *rows) = dict(window_plots(report.model_copy(update={"results": worse})))[
-        "Perplexity against the baseline model's by window, %"
+        "Change of perplexity against the baseline model's by window, %"
     ] or ("", [[]])
     assert [row[3] for row in rows] == pytest.approx([0, 0, 0, 20])
     one_window = [r.model_copy(update={"perplexity": None, "parity": None}) for r in report.results]
