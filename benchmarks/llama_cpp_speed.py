@@ -130,13 +130,11 @@ def form(models: Models, types: Sequence[str], load: Load) -> list[Row]:
 
     def measure(candidate: str, baseline: str, type: str) -> list[Row]:
         file = models.gguf("hybrid", type)
-        runs = _in_both(file.path, builds, load)
+        busy = others_busy()
+        runs = _in_both(file.path, builds, load, busy)
         ours, theirs = (replace(file, name=name) for name in (candidate, baseline))
         tests = (f"pp{load.prompt}", f"tg{load.generate}")
-        return [
-            compared(ours, theirs, type, test, runs[0][i], runs[1][i], 1.0, others_busy())
-            for i, test in enumerate(tests)
-        ]
+        return [compared(ours, theirs, type, test, runs[0][i], runs[1][i], 1.0, busy) for i, test in enumerate(tests)]
 
     return rows_of([("two networks", "joined", type) for type in types], measure)
 
@@ -153,7 +151,7 @@ def _joined() -> Build:
         edits.INSERTIONS = every
 
 
-def _in_both(path: Path, builds: Sequence[Build], load: Load) -> list[tuple[list[float], list[float]]]:
+def _in_both(path: Path, builds: Sequence[Build], load: Load, busy: float) -> list[tuple[list[float], list[float]]]:
     """(prefill, decode) speeds of a file by build, in turn, in both orders; the first round of each order is dropped."""
     runs: list[tuple[list[float], list[float]]] = [([], []) for _ in builds]
     once = llama_bench_once(path, load.prompt, load.generate, load.threads)
@@ -161,7 +159,7 @@ def _in_both(path: Path, builds: Sequence[Build], load: Load) -> list[tuple[list
         for number in range(1 + load.rounds):
             for i in order:
                 with _chosen(builds[i]):
-                    prefill, decode = once(0.0)
+                    prefill, decode = once(busy)
                 if number:
                     runs[i][0].append(load.prompt / prefill)
                     runs[i][1].append(load.generate / decode)

@@ -55,4 +55,9 @@ class AccuracyReport(RunRecord):
     @property
     def passed(self) -> bool:
         """Whether everything could be measured."""
-        return not self.reasons
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """The reasons, as other studies call them."""
+        return self.reasons

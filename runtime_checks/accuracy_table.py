@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from runtime_checks.accuracy_schema import AccuracyReport, AccuracyResult, AskedTask
-from runtime_checks.grids import print_grid, print_left_out, print_lines, unique_names
+from runtime_checks.grids import file_names, print_grid, print_left_out, print_lines
 from runtime_checks.summary import DASH, reused
 
 EXPLAINED = (
@@ -27,28 +27,9 @@ def heads(report: AccuracyReport) -> tuple[str, ...]:
 
 def rows(report: AccuracyReport) -> list[tuple[str, ...]]:
     """The cells under `heads`."""
-    names = names_of(report)
-    cells = {(_key(r), r.task): r for r in report.results}
-    return [(name, *(_cell(cells.get((key, t.name))) for t in report.tasks)) for key, name in names.items()]
-
-
-Key = tuple[str, str, str]  # artefact, precision, runtime
-
-
-def _key(result: AccuracyResult) -> Key:
-    return result.artefact, result.precision, result.runtime
-
-
-def names_of(report: AccuracyReport) -> dict[Key, str]:
-    """The file, its type and, on a second line, the runtime; whole paths where two files have one name."""
-    keys = list(dict.fromkeys(map(_key, report.results)))
-    told = unique_names([artefact for artefact, _, _ in keys])
-    return {key: f"{told[key[0]]} ({key[1]})\n{key[2]}" for key in keys}
-
-
-def name_in(report: AccuracyReport, result: AccuracyResult) -> str:
-    """The same of one result, on one line."""
-    return names_of(report)[_key(result)].replace("\n", " in ")
+    names = file_names(report.results, "\n")
+    cells = {(name, r.task): r for name, r in zip(names, report.results, strict=True)}
+    return [(name, *(_cell(cells.get((name, t.name))) for t in report.tasks)) for name in dict.fromkeys(names)]
 
 
 def _head(task: AskedTask, report: AccuracyReport) -> str:

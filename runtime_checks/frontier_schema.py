@@ -111,7 +111,12 @@ class Frontier(RunRecord):
     @property
     def passed(self) -> bool:
         """Whether every reachable cell could be measured."""
-        return all(cell.status != "failed" for cell in self.cells)
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """The cells that could not be measured, and why."""
+        return [f"{cell.setting}: {cell.reason}" for cell in self.cells if cell.status == "failed"]
 
     @property
     def measured(self) -> list[FrontierCell]:

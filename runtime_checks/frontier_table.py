@@ -9,7 +9,7 @@ from rich.console import Console
 
 from runtime_checks.frontier_front import beaten, front_of_bytes, front_of_decode, verdict
 from runtime_checks.frontier_schema import Frontier, FrontierCell, Speeds
-from runtime_checks.grids import estimate, grid, print_grid, protocol_line
+from runtime_checks.grids import estimate, grid, print_grid, print_lines, protocol_line
 from runtime_checks.schema import BUSY
 from runtime_checks.summary import DASH, megabytes, number
 from sola_edge.files import replace_file
@@ -44,15 +44,13 @@ def print_frontier(found: Frontier, console: Console | None = None) -> None:
     console = console or Console()
     for runtime in dict.fromkeys(cell.setting.runtime for cell in found.cells):
         own = [row for row in rows(found) if row[HEADS.index("Runtime")] == runtime]
-        console.print(runtime, style="bold", markup=False, highlight=False)
+        print_lines(console, [runtime], "bold")
         print_grid(console, SHORT, [[row[HEADS.index(name)].split(" (")[0] for name in SHORT] for row in own])
-    for line in verdict(found):
-        console.print(line, markup=False, highlight=False)
-    console.print(EXPLAINED, style="dim", markup=False, highlight=False)
-    console.print(reference_line(found), markup=False, highlight=False)
-    for line in notes(found):
-        console.print(line, style="yellow", markup=False, highlight=False)
-    console.print(how(found), style="dim", markup=False, highlight=False)
+    print_lines(console, verdict(found), "")
+    print_lines(console, [EXPLAINED])
+    print_lines(console, [reference_line(found)], "")
+    print_lines(console, notes(found), "yellow")
+    print_lines(console, [how(found)])
 
 
 def rows(found: Frontier) -> list[tuple[str, ...]]:

@@ -4,13 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime_checks.schema import Machine, MeasuredFile, Skipped
+from runtime_checks.schema import Machine, Skipped
 from runtime_checks.study_schema import Estimate, StudyProtocol
 from runtime_checks.summary import DASH
 
@@ -40,18 +41,22 @@ def print_grid(console: Console, heads: Sequence[str], rows: Iterable[Sequence[s
     console.print(table)
 
 
-def unique_names(paths: Iterable[str]) -> dict[str, str]:
-    """What to call files: their names, and the whole path of those that share one."""
-    paths = list(dict.fromkeys(paths))
-    shared = Counter(Path(path).name for path in paths)
-    return {path: Path(path).name if shared[Path(path).name] == 1 else path for path in paths}
+class InRuntime(Protocol):
+    """What was measured of a file in a runtime."""
+
+    @property
+    def artefact(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def runtime(self) -> str: ...
 
 
-def curve_names(curves: Iterable[MeasuredFile]) -> list[str]:
-    """What to call each curve: the file, its type and the runtime."""
-    curves = list(curves)
-    told = unique_names(curve.artefact for curve in curves)
-    return [f"{told[curve.artefact]} ({curve.precision}) in {curve.runtime}" for curve in curves]
+def file_names(measured: Sequence[InRuntime], between: str = " in ") -> list[str]:
+    """What to call each: the file (its whole path where another has that name), its type and the runtime."""
+    shared = Counter(Path(path).name for path in {one.artefact for one in measured})
+    told = [one.artefact if shared[Path(one.artefact).name] > 1 else Path(one.artefact).name for one in measured]
+    return [f"{name} ({one.precision}){between}{one.runtime}" for name, one in zip(told, measured, strict=True)]
 
 
 def print_lines(console: Console, lines: Iterable[str], style: str = "dim") -> None:

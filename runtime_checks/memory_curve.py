@@ -77,7 +77,12 @@ class MemoryReport(RunRecord):
     @property
     def passed(self) -> bool:
         """Whether everything was measured and is as large as it should be."""
-        return not any(curve.reasons for curve in self.curves)
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """What failed, and where."""
+        return [reason for curve in self.curves for reason in curve.failures]
 
 
 def memory_curves(

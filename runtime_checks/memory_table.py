@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from runtime_checks.grids import curve_names, print_grid, print_left_out, print_lines
+from runtime_checks.grids import file_names, print_grid, print_left_out, print_lines
 from runtime_checks.memory_curve import MemoryPoint, MemoryReport
 from runtime_checks.summary import DASH, megabytes, reused
 
@@ -28,12 +28,12 @@ EXPLAINED = (
 def print_memory(report: MemoryReport, console: Console | None = None) -> None:
     """Print every curve, its parts and what is wrong, to stdout."""
     console = console or Console()
-    for name, curve in zip(curve_names(report.curves), report.curves, strict=True):
+    for name, curve in zip(file_names(report.curves), report.curves, strict=True):
         print_lines(console, [f"{name}, {megabytes(curve.bytes)} on disk"], "bold")
         print_grid(console, HEADS, map(row, curve.points))
         print_grid(console, ("MB of", *PARTS.values()), map(_parts, curve.points))
     print_lines(console, [EXPLAINED, *reused(point.measured for curve in report.curves for point in curve.points)])
-    print_left_out(console, report.skipped, (reason for curve in report.curves for reason in curve.failures))
+    print_left_out(console, report.skipped, report.failures)
 
 
 def row(point: MemoryPoint) -> tuple[str, ...]:

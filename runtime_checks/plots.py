@@ -34,6 +34,11 @@ def plots(report: Report) -> list[Plot]:
         ("Peak memory, MB", memory_bars(report)),
         ("Perplexity (± standard error)", bars(report, _perplexity, "perplexity")),
     ]
+    return drawn_plots(found)
+
+
+def drawn_plots(found: Iterable[tuple[str, Drawn | None]]) -> list[Plot]:
+    """Those of the titled pictures that there were data for."""
     return [Plot(title, *drawn) for title, drawn in found if drawn is not None]
 
 

@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime_checks.accuracy_schema import AccuracyReport
-from runtime_checks.frontier_schema import Frontier
 from runtime_checks.json_file import read_model, write_model
-from runtime_checks.memory_curve import MemoryReport
 from runtime_checks.schema import Report
 from runtime_checks.sections import SECTIONS, Study, section
 from runtime_checks.summary import (
@@ -22,17 +19,9 @@ from runtime_checks.summary import (
     verdict,
     warnings,
 )
-from runtime_checks.throughput_grid import ThroughputReport
 from sola_edge.errors import UserError
 from sola_edge.files import replace_file
 
-NAMES = {
-    Report: "report",
-    Frontier: "frontier",
-    MemoryReport: "result of check memory",
-    ThroughputReport: "result of check throughput",
-    AccuracyReport: "result of check accuracy",
-}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -59,8 +48,7 @@ def html(report: Report, studies: Sequence[Study] = ()) -> str:
     """The page: one file, no network, light and dark; studies: a section for each."""
     environment = pages("report.html")
     from runtime_checks.explain_plots import plots as explained
-    from runtime_checks.plot import Plot
-    from runtime_checks.plots import plots
+    from runtime_checks.plots import drawn_plots, plots
     from runtime_checks.window_plots import window_plots
 
     environment.filters["megabytes"] = megabytes
@@ -72,7 +60,7 @@ def html(report: Report, studies: Sequence[Study] = ()) -> str:
         rows=[(result, row(result)) for result in by_runtime(report)],
         failures=failures(report),
         warnings=warnings(report),
-        plots=[*plots(report), *(Plot(title, *drawn) for title, drawn in window_plots(report) if drawn is not None)],
+        plots=[*plots(report), *drawn_plots(window_plots(report))],
         explained=[
             (m.name, explained(m.explained, of=f"model-{i}-")) for i, m in enumerate(report.models) if m.explained
         ],
@@ -144,7 +132,8 @@ def _read(path: Path) -> Report | Study:
     """As the kind of file that its fields say it is; what is none is refused as a report."""
     kind = _kind(path)
     version = kind.model_fields["schema_version"].default
-    wanted = f"{NAMES[kind]} of schema version {version}"
+    name = SECTIONS[kind].name if kind in SECTIONS else "report"
+    wanted = f"{name} of schema version {version}"
     found: Report | Study = read_model(
         kind, path, missing=f"no such result file: {path}", wanted=wanted, remedy="measure again"
     )

@@ -1,27 +1,22 @@
 """Pictures of studies for a report's page, each with its data."""
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from runtime_checks import accuracy_table
 from runtime_checks.accuracy_schema import AccuracyReport
 from runtime_checks.frontier_front import ratio, size
 from runtime_checks.frontier_plot import draw_bytes, draw_decode
 from runtime_checks.frontier_schema import Frontier
 from runtime_checks.frontier_table import marks_of
-from runtime_checks.grids import curve_names
+from runtime_checks.grids import file_names
 from runtime_checks.memory_curve import MemoryReport
 from runtime_checks.plot import Plot, Value
-from runtime_checks.plots import LINE_COLOURS, STYLES, WIDTH, Drawn, draw_bars, pyplot, svg_of
+from runtime_checks.plots import LINE_COLOURS, STYLES, WIDTH, Drawn, draw_bars, drawn_plots, pyplot, svg_of
 from runtime_checks.throughput_grid import SpeedTest, ThroughputPoint, ThroughputReport
 
 STROKES = [style for style in STYLES if style != ":"]  # dotted is what is expected
 FRONTIER_SIDES = 6.2, 5.0  # inches: points have names beside them
-
-
-def _plots(drawn: Iterable[tuple[str, Drawn | None]]) -> list[Plot]:
-    return [Plot(title, *found) for title, found in drawn if found is not None]
 
 
 def frontier(study: Frontier, of: str) -> list[Plot]:
@@ -36,7 +31,7 @@ def frontier(study: Frontier, of: str) -> list[Plot]:
     heads = ["model", "type", "runtime", "perplexity ÷ reference", "standard error"]
     in_bytes = [[*about, size(cell), "B" in marks[id(cell)]] for about, cell in settings]
     in_speed = [[*about, study.speed(cell, "decode"), "D" in marks[id(cell)]] for about, cell in settings]
-    return _plots(
+    return drawn_plots(
         [
             (
                 "Perplexity over file size; the line is what nothing beats",
@@ -67,7 +62,7 @@ def memory(study: MemoryReport, of: str) -> list[Plot]:
     curves = [curve for curve in study.curves if curve.points]
     if not curves:
         return []
-    names = curve_names(curves)
+    names = file_names(curves)
     lines: dict[str, list[tuple[float, float]]] = {}
     dotted: dict[str, list[tuple[float, float]]] = {}
     rows: list[list[Value]] = [["artefact", "context", "peak, bytes", "expected, bytes", "GPU, bytes"]]
@@ -76,12 +71,12 @@ def memory(study: MemoryReport, of: str) -> list[Plot]:
         dotted[name] = [(p.context, sum(p.expected.values()) / 1e6) for p in curve.points if p.expected]
         rows += [[name, p.context, p.memory.peak, sum(p.expected.values()) or None, p.gpu] for p in curve.points]
     drawn = _lines(lines, f"{of}memory", "tokens of context", dotted), rows
-    return _plots([("Peak memory, MB (dotted: what the shapes say)", drawn)])
+    return drawn_plots([("Peak memory, MB (dotted: what the shapes say)", drawn)])
 
 
 def throughput(study: ThroughputReport, of: str) -> list[Plot]:
     """Decode speed over prompts, and the shares of the machine's limits."""
-    points = [(name, p) for name, c in zip(curve_names(study.curves), study.curves, strict=True) for p in c.points]
+    points = [(name, p) for name, c in zip(file_names(study.curves), study.curves, strict=True) for p in c.points]
     if not points:
         return []
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -92,7 +87,7 @@ def throughput(study: ThroughputReport, of: str) -> list[Plot]:
         test = point.test
         rows.append([name, test.threads, test.batch, test.prompt, point.seconds_to_first, speed])
     drawn = _lines(lines, f"{of}decode-by-prompt", "tokens of the prompt", {}), rows
-    return _plots(
+    return drawn_plots(
         [
             ("Decode, tokens/s by length of the prompt", drawn),
             ("Of the machine's memory bandwidth in decoding, %", _shares(study, points, f"{of}bandwidth", _bandwidth)),
@@ -133,14 +128,14 @@ def _shares(
 
 def accuracy(study: AccuracyReport, of: str) -> list[Plot]:
     """Bars with standard errors, a group for every task."""
-    names = [accuracy_table.name_in(study, r) for r in study.results]
+    names = file_names(study.results)
     points = {}
     for name, result in zip(names, study.results, strict=True):
         found = result.metrics[result.metric]
         error = 100 * found.standard_error
         points[result.task, name] = (100 * found.value, error, error)
     drawn = draw_bars(points, names, f"{of}accuracy", ("task", "artefact"))
-    return _plots([("Answered right, % (± standard error)", drawn)])
+    return drawn_plots([("Answered right, % (± standard error)", drawn)])
 
 
 def _lines(

@@ -10,7 +10,7 @@ from runtime_checks import accuracy_table, frontier_table, memory_table, section
 from runtime_checks.accuracy_schema import AccuracyReport
 from runtime_checks.frontier_front import verdict
 from runtime_checks.frontier_schema import Frontier
-from runtime_checks.grids import curve_names
+from runtime_checks.grids import file_names
 from runtime_checks.memory_curve import MemoryReport
 from runtime_checks.plot import Plot
 from runtime_checks.summary import reused
@@ -46,17 +46,7 @@ class Section:
 
 def section(study: Study, number: int) -> Section:
     """Of one study; number: of the section, which tells its pictures apart from others. Raises UserError without matplotlib."""
-    kind = next(kind for kind in SECTIONS if isinstance(study, kind))
-    return SECTIONS[kind](study, f"study-{number}-")
-
-
-def failures_of(study: Study) -> list[str]:
-    """What could not be measured, or is not as it should be."""
-    if isinstance(study, Frontier):
-        return [f"{cell.setting}: {cell.reason}" for cell in study.cells if cell.status == "failed"]
-    if isinstance(study, AccuracyReport):
-        return study.reasons
-    return [reason for curve in study.curves for reason in curve.failures]
+    return SECTIONS[type(study)].section(study, f"study-{number}-")
 
 
 def _common(study: Any) -> dict[str, Any]:
@@ -67,7 +57,7 @@ def _common(study: Any) -> dict[str, Any]:
     )
     return {
         "provenance": f"{study.created} · {' '.join(study.command)} · {told}{versions}",
-        "failures": failures_of(study),
+        "failures": study.failures,
     }
 
 
@@ -84,7 +74,7 @@ def _frontier(study: Frontier, of: str) -> Section:
         explained=[
             frontier_table.EXPLAINED,
             frontier_table.reference_line(study),
-            *(line for line in frontier_table.notes(study) if line not in failures_of(study)),
+            *(line for line in frontier_table.notes(study) if line not in study.failures),
             frontier_table.how(study),
         ],
         **_common(study),
@@ -92,7 +82,7 @@ def _frontier(study: Frontier, of: str) -> Section:
 
 
 def _memory(study: MemoryReport, of: str) -> Section:
-    names = curve_names(study.curves)
+    names = file_names(study.curves)
     tables = [
         Table(memory_table.HEADS, [*map(memory_table.row, curve.points)], name)
         for name, curve in zip(names, study.curves, strict=True)
@@ -108,17 +98,17 @@ def _memory(study: MemoryReport, of: str) -> Section:
 
 
 def _throughput(study: ThroughputReport, of: str) -> Section:
-    heads = (*throughput_table.SPEEDS, *throughput_table.SHARES[len(throughput_table.TEST) :])
+    heads = (*throughput_table.TEST, *throughput_table.SPEEDS, *throughput_table.SHARES)
     tables = [
         Table(
             heads,
             [
-                (*throughput_table.speeds(p), *throughput_table.shares(study, curve, p)[len(throughput_table.TEST) :])
+                (*throughput_table.test(p), *throughput_table.speeds(p), *throughput_table.shares(study, curve, p))
                 for p in curve.points
             ],
             name,
         )
-        for name, curve in zip(curve_names(study.curves), study.curves, strict=True)
+        for name, curve in zip(file_names(study.curves), study.curves, strict=True)
     ]
     return Section(
         title="Speed by prompt, batch and threads, beside the machine's limits",
@@ -140,10 +130,17 @@ def _accuracy(study: AccuracyReport, of: str) -> Section:
     )
 
 
-SECTIONS: dict[type[BaseModel], Callable[[Any, str], Section]] = {
-    Frontier: _frontier,
-    MemoryReport: _memory,
-    ThroughputReport: _throughput,
-    AccuracyReport: _accuracy,
+@dataclass(frozen=True)
+class Kind:
+    """A kind of study that a page can hold: what its file is called in a complaint, and what makes its section."""
+
+    name: str
+    section: Callable[[Any, str], Section]
+
+
+SECTIONS: dict[type[BaseModel], Kind] = {
+    Frontier: Kind("frontier", _frontier),
+    MemoryReport: Kind("result of check memory", _memory),
+    ThroughputReport: Kind("result of check throughput", _throughput),
+    AccuracyReport: Kind("result of check accuracy", _accuracy),
 }
-"""One row for every kind of study that a page can hold."""

@@ -109,7 +109,12 @@ class ThroughputReport(RunRecord):
     @property
     def passed(self) -> bool:
         """Whether everything could be measured."""
-        return not any(curve.reasons for curve in self.curves)
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """What failed, and where."""
+        return [reason for curve in self.curves for reason in curve.failures]
 
     def limits_of(self, threads: int) -> Limits | None:
         """The machine's, with so many threads."""

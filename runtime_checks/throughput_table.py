@@ -4,14 +4,14 @@ import statistics
 
 from rich.console import Console
 
-from runtime_checks.grids import curve_names, print_grid, print_left_out, print_lines
+from runtime_checks.grids import file_names, print_grid, print_left_out, print_lines
 from runtime_checks.schema import BUSY
 from runtime_checks.summary import DASH, megabytes
 from runtime_checks.throughput_grid import ThroughputCurve, ThroughputPoint, ThroughputReport
 
 TEST = ("Threads", "Batch", "Prompt")
-SPEEDS = (*TEST, "First token", "Prefill", "Decode")
-SHARES = (*TEST, "Prefill ÷ baseline", "Decode ÷", "Bandwidth", "GEMM")
+SPEEDS = ("First token", "Prefill", "Decode")
+SHARES = ("Prefill ÷ baseline", "Decode ÷", "Bandwidth", "GEMM")
 EXPLAINED = (
     "First token: median, from an empty context. Prefill, decode: tokens/s of the whole batch, median [least–most of the "
     "rounds]. ÷: median of the rounds' ratios to the baseline. Bandwidth: the bytes that decoding must read, as a share of the "
@@ -22,15 +22,15 @@ EXPLAINED = (
 def print_throughput(report: ThroughputReport, console: Console | None = None) -> None:
     """Print every curve, the limits, and what failed, to stdout."""
     console = console or Console()
-    for name, curve in zip(curve_names(report.curves), report.curves, strict=True):
+    for name, curve in zip(file_names(report.curves), report.curves, strict=True):
         role = ", the baseline" if curve.artefact == report.baseline else ""
         size = megabytes(curve.bytes)
         print_lines(console, [f"{name}, {size} on disk{role}"], "bold")
-        print_grid(console, SPEEDS, map(speeds, curve.points))
-        print_grid(console, SHARES, [shares(report, curve, point) for point in curve.points])
+        print_grid(console, (*TEST, *SPEEDS), [(*test(point), *speeds(point)) for point in curve.points])
+        print_grid(console, (*TEST, *SHARES), [(*test(p), *shares(report, curve, p)) for p in curve.points])
     print_lines(console, [EXPLAINED, *limit_lines(report)])
     print_lines(console, (f"warning: {line}" for line in warnings(report)), "yellow")
-    print_left_out(console, report.skipped, (reason for curve in report.curves for reason in curve.failures))
+    print_left_out(console, report.skipped, report.failures)
 
 
 def limit_lines(report: ThroughputReport) -> list[str]:
@@ -50,21 +50,22 @@ def warnings(report: ThroughputReport) -> list[str]:
     return [f"other programs took {100 * report.others_busy:.0f} % of the cores: speeds are doubtful"]
 
 
-def _test(point: ThroughputPoint) -> tuple[str, str, str]:
+def test(point: ThroughputPoint) -> tuple[str, ...]:
+    """The cells under TEST."""
     return str(point.test.threads), str(point.test.batch), f"{point.test.prompt:,}"
 
 
 def speeds(point: ThroughputPoint) -> tuple[str, ...]:
     """The cells under SPEEDS."""
     first = f"{1000 * point.seconds_to_first:,.0f} ms"
-    return (*_test(point), first, _speed(point.prefill_speeds), _speed(point.decode_speeds))
+    return (first, _speed(point.prefill_speeds), _speed(point.decode_speeds))
 
 
 def shares(report: ThroughputReport, curve: ThroughputCurve, point: ThroughputPoint) -> tuple[str, ...]:
     """The cells under SHARES."""
     limits = report.limits_of(point.test.threads)
     of_limits = (point.bandwidth_share(limits), point.gemm_share(limits))
-    return (*_test(point), *_ratios(report.reference(curve), point), *map(_share, of_limits))
+    return (*_ratios(report.reference(curve), point), *map(_share, of_limits))
 
 
 def _share(share: float | None) -> str:

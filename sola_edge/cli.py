@@ -471,12 +471,11 @@ def report_command(
     Example: sola-edge report parity.json bench.json build/frontier/frontier.json -o report.html
     """
     from runtime_checks import load_results, write_html
-    from runtime_checks.sections import failures_of
 
     report, studies = load_results(results)
     write_html(report, output, studies)
     for study in studies if not as_json else ():
-        for line in failures_of(study):
+        for line in study.failures:
             print(f"failed: {line}")
     if report.results or as_json:
         _finish(report, None, as_json, output)

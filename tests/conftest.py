@@ -52,6 +52,22 @@ def own_statistics(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     monkeypatch.setattr("runtime_checks.kept.cache_folder", cache_folder)
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense checkpoint in a folder of its own; a file that needs another one has a fixture of this name."""
+    from sola_edge.testing import tiny_checkpoint
+
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "dense")
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(dense: Path) -> Path:
+    """That checkpoint as an ONNX folder beside it."""
+    pytest.importorskip("onnxruntime_genai")
+    pytest.importorskip("exporters.onnx").export(dense, dense.parent / "onnx")
+    return dense.parent / "onnx"
+
+
 @pytest.fixture(scope="session")
 def all_cores() -> Iterator[None]:
     """For fixtures that run a real model."""

@@ -15,22 +15,9 @@ from runtime_checks.accuracy_table import print_accuracy
 from runtime_checks.tasks import measure_tasks
 from sola_edge.cli import app
 from sola_edge.errors import UserError
-from sola_edge.testing import tiny_checkpoint
 
 SENTENCE = "the cat sat on a mat and saw two red birds in old trees by our river while rain fell over blue hills"
 QUESTIONS = 40
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("accuracy") / "dense")
-
-
-@pytest.fixture(scope="module")
-def onnx_folder(dense: Path) -> Path:
-    pytest.importorskip("onnxruntime_genai")
-    pytest.importorskip("exporters.onnx").export(dense, dense.parent / "onnx")
-    return dense.parent / "onnx"
 
 
 @pytest.fixture(scope="module")

@@ -18,28 +18,14 @@ from runtime_checks.runtimes.devices import DEVICES, Device, listed_device
 from runtime_checks.throughput_grid import Grid, throughput_curves
 from sola_edge.cli import app
 from sola_edge.errors import UserError
-from sola_edge.testing import tiny_checkpoint
-
-ABSENT = {(row.name, device) for row in RUNTIMES.values() for device in DEVICES if replace(row, device=device).absent()}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("devices") / "dense")
-
-
-@pytest.fixture(scope="module")
-def onnx_folder(dense: Path) -> Path:
-    pytest.importorskip("onnxruntime_genai")
-    pytest.importorskip("exporters.onnx").export(dense, dense.parent / "onnx")
-    return dense.parent / "onnx"
 
 
 def elsewhere(runtime: str, device: str) -> RuntimeRow:
     """The runtime's row on that device; the test is skipped where there is one."""
-    if (runtime, device) not in ABSENT:
+    row = replace(RUNTIMES[runtime], device=device)
+    if row.absent() is None:
         pytest.skip(f"{runtime} has {device} here")
-    return replace(RUNTIMES[runtime], device=device)
+    return row
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -33,13 +33,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(folder, hidden=512, ffn=2048, layers=8, heads=8, kv_heads=4, vocab=8000)
 
 
-@pytest.fixture(scope="module")
-def onnx_folder(dense: Path) -> Path:
-    pytest.importorskip("onnxruntime_genai")
-    pytest.importorskip("exporters.onnx").export(dense, dense.parent / "onnx")
-    return dense.parent / "onnx"
-
-
 # --- the system's count ----------------------------------------------------------------------------------------------
 
 

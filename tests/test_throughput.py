@@ -31,20 +31,8 @@ POINT = ThroughputPoint(
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("speed") / "dense")
-
-
-@pytest.fixture(scope="module")
 def hybrid(dense: Path) -> Path:
     return tiny_checkpoint(dense.parent / "hybrid", compressed=True)
-
-
-@pytest.fixture(scope="module")
-def onnx_folder(dense: Path) -> Path:
-    pytest.importorskip("onnxruntime_genai")
-    pytest.importorskip("exporters.onnx").export(dense, dense.parent / "onnx")
-    return dense.parent / "onnx"
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------

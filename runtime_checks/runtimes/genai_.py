@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime_genai as og
 
+from runtime_checks.runtimes.devices import CPU
 from runtime_checks.runtimes.greedy import Timed
 
 
@@ -27,7 +28,7 @@ class Runtime:
         session = {"intra_op_num_threads": self.threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         config.clear_providers()  # the folder may name one of its own
-        if self.device != "cpu":
+        if self.device != CPU:
             config.append_provider(self.device)
         self.model = og.Model(config)
         self.reset()

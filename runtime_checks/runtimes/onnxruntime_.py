@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from runtime_checks.runtimes.devices import CPU
 from runtime_checks.runtimes.greedy import Rows, Timed, greedy, timed_batch
 
 FILLER = 1
 SIDES = ((1, "num_key_value_heads"), (3, "head_size"))  # of a cache tensor: axis, and what genai_config.json calls it
 CPU_PROVIDER = "CPUExecutionProvider"
-PLACES = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}  # where a provider keeps what it computes
+# where a provider keeps what it computes, as OrtValues have it
+PLACES = {CPU_PROVIDER: "cpu", "CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml"}
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -32,8 +34,8 @@ class Runtime:
         self.options.inter_op_num_threads = 1
         self.options.log_severity_level = 3
         self.version = f"onnxruntime {ort.__version__}"
-        self.provider = CPU_PROVIDER if device == "cpu" else device
-        self.place = PLACES.get(self.provider, "cpu")
+        self.provider = CPU_PROVIDER if device == CPU else device
+        self.place = PLACES[self.provider]
         self.past: dict[str, Any] = {}
         self.length = 0
 
@@ -94,7 +96,7 @@ class Runtime:
         for name, value in values.items():
             bound.bind_ortvalue_input(name, value)
         for name in self.outputs:
-            bound.bind_output(name, "cpu" if name == "logits" else self.place)
+            bound.bind_output(name, PLACES[CPU_PROVIDER] if name == "logits" else self.place)
         self.session.run_with_iobinding(bound)
         return dict(zip(self.outputs, bound.get_outputs(), strict=True))
 
