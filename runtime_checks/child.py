@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime_checks.memory import resident
+from runtime_checks.memory import library_pages, resident
 from runtime_checks.metrics import window_nll
 
 
@@ -23,12 +23,13 @@ class Session:
     def __init__(self, module: str) -> None:
         self.module = module
         self.runtime: Any = None
+        self.libraries: int | None = None
 
     def load(self, path: str, threads: int, context: int, device: str) -> dict[str, Any]:
         """Import the library (baseline), then load the model (after_load)."""
         made = importlib.import_module(f"runtime_checks.runtimes.{self.module}").Runtime
         self.runtime = made(path, threads, context, device)
-        baseline = resident()["now"]
+        baseline, self.libraries = resident()["now"], library_pages()
         self.runtime.load()
         return {"version": self.runtime.version, "baseline": baseline, "after_load": resident()["now"]}
 
@@ -37,7 +38,9 @@ class Session:
         self.runtime.reset()
         self.runtime.prefill(prompt)
         self.runtime.decode(decode)
-        return {**resident(), "parts": self.runtime.parts()}
+        found, libraries = resident(), library_pages()
+        more = None if libraries is None or self.libraries is None else libraries - self.libraries
+        return {**found, "libraries": more, "parts": self.runtime.parts()}
 
     def logits(self, ids: list[int], out: str) -> dict[str, Any]:
         """Logits of every position of ids as raw float32 (n, vocab)."""

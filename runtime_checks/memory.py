@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+MAPPINGS = Path("/proc/self/smaps")
+LIBRARY = ".so"  # or .so.1
 
 
 def resident() -> dict[str, int]:
@@ -17,6 +19,24 @@ def resident() -> dict[str, int]:
         names = {"now": "VmRSS", "peak": "VmHWM", "anonymous": "RssAnon", "file_backed": "RssFile"}
         return {ours: int(fields[theirs].split()[0]) * 1024 for ours, theirs in names.items() if theirs in fields}
     return _resident_elsewhere()
+
+
+def library_pages() -> int | None:
+    """Bytes of shared libraries that are resident; None where the system does not tell (it does on Linux).
+
+    They are of the system's cache of files, and how many are resident is its choice: of a library that was written a moment
+    ago it maps a third more than of one that it read from the disk.
+    """
+    if not MAPPINGS.exists():
+        return None
+    pages, name = 0, ""
+    for line in MAPPINGS.read_text().splitlines():
+        field, _, rest = line.partition(" ")
+        if not field.endswith(":"):  # a mapping's head: addresses, rights, offset, device, inode, file
+            name = Path(line.split(maxsplit=5)[5]).name if line.count("/") else ""
+        elif field == "Rss:" and LIBRARY in name:
+            pages += int(rest.split()[0]) * 1024
+    return pages
 
 
 def _resident_elsewhere() -> dict[str, int]:

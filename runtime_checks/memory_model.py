@@ -3,7 +3,9 @@
 The parts, in bytes:
 
 runtime      interpreter and library: measured before the model is loaded, not modelled
-session      what any model makes the library touch and set up: constants, measured with a model of 0.2 MB
+libraries    what more of the shared libraries was resident at the end: measured where the system tells, for it is the system
+             that chooses (of files that were written a moment ago it maps more at once); elsewhere constants, measured on Linux
+session      what any model makes the library set up: constants, measured with a model of 0.2 MB
 weights      every tensor as it is stored (PyTorch: every parameter in fp32)
 copies       ONNX Runtime packs what it multiplies by and lets go of the mapped original, but a tied embedding stays for
              looking up, so it is there twice. So it is with weights in blocks, but for the scales, which stay: packed for
@@ -23,11 +25,13 @@ Nothing is expected of fp16 and bf16 graphs, which are for GPUs: on a CPU ONNX R
 """
 
 from runtime_checks.artefacts import Artefact
+from runtime_checks.schema import Memory
 from runtime_checks.shapes import F16, F32, Shapes, shapes_of
 
 UNPACKED = 8  # bits, with fp32 products
 HALF = ("fp16", "bf16")  # ONNX precisions whose cache is of the graph's own type
-SESSION = {"llama.cpp": 5_000_000, "onnxruntime": 13_000_000, "onnxruntime-genai": 30_000_000, "torch": 20_000_000}
+LIBRARIES = {"llama.cpp": 2_700_000, "onnxruntime": 11_000_000, "onnxruntime-genai": 21_000_000, "torch": 14_000_000}
+SESSION = {"llama.cpp": 2_300_000, "onnxruntime": 2_000_000, "onnxruntime-genai": 9_000_000, "torch": 6_000_000}
 TOKEN = 300  # bytes; measured with 49,152 tokens
 FAR = 4096  # tokens, from where on memory grows evenly
 BATCH, PADDING = 512, 256  # llama.cpp's n_ubatch, and what it rounds a context up to
@@ -37,20 +41,23 @@ MASK = 4 + 2  # bytes of the attention mask's elements, in fp32 and cast to fp16
 
 
 def expected_memory(
-    runtime: str, artefact: Artefact, shapes: Shapes, context: int, prompt: int, baseline: int, told: dict[str, int]
+    runtime: str, artefact: Artefact, shapes: Shapes, context: int, prompt: int, measured: Memory
 ) -> dict[str, int]:
     """The parts of the peak of a process that was loaded for `context` tokens and given a prompt of so many.
 
-    baseline: measured before loading; told: what the runtime says of its own buffers. Empty where nothing is expected.
+    Of what was measured only what no shape says is used: the baseline, the libraries' pages, and what the runtime tells of its
+    own buffers. Empty where nothing is expected.
     """
     if artefact.kind == "onnx" and artefact.precision in HALF:
         return {}
     cache = shapes.kv_values * element_bytes(runtime, artefact.precision)
+    modelled = MODELS[runtime](artefact, shapes, context, prompt, cache, measured.parts)
     return {
-        "runtime": baseline,
+        "runtime": measured.baseline,
+        "libraries": LIBRARIES[runtime] if measured.libraries is None else measured.libraries,
         "session": SESSION[runtime],
         "weights": shapes.weights,
-        **{part: round(size) for part, size in MODELS[runtime](artefact, shapes, context, prompt, cache, told).items()},
+        **{part: round(size) for part, size in modelled.items()},
     }
 
 

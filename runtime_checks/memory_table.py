@@ -8,6 +8,7 @@ from runtime_checks.summary import DASH, megabytes, reused
 
 PARTS = {
     "runtime": "runtime",
+    "libraries": "libraries",
     "session": "session",
     "weights": "weights",
     "copies": "copies",
@@ -16,12 +17,14 @@ PARTS = {
     "logits": "logits",
     "activations": "other",
 }
-HEADS = ("Context", "Peak", "System's", "Anonymous", "Files", "GPU", "Expected", "Off")
+HEADS = ("Context", "Least peak", "Largest", "System's", "Anonymous", "Files", "GPU", "Expected", "Off")
 EXPLAINED = (
-    "Peak: resident, of a fresh process, by its own account and the system's (wait4). Anonymous: pages of its own; files: "
-    "mapped ones (weights, libraries). Expected: the sum of the parts below it, which follow from the shapes in the file; off: "
-    "expected - peak, as a share of the peak. GPU: of the process on CUDA devices, by NVIDIA's library; where nothing is "
-    "expected (another device than the CPU, fp16 and bf16 graphs on it), the peak is not judged."
+    "Peak: resident, of fresh processes, the least and the largest of them (heaps find room by chance), by a process's own "
+    "account; all else is of the one with the least. System's: the same by the system (wait4). Anonymous: pages of its own; "
+    "files: mapped ones (weights, libraries). Expected: the sum of the parts below it, which follow from the shapes in the "
+    "file, beside the runtime's own; off: expected - least peak, as a share of it. GPU: of the process on CUDA devices, by "
+    "NVIDIA's library; where nothing is expected (another device than the CPU, fp16 and bf16 graphs on it), the peak is not "
+    "judged."
 )
 
 
@@ -41,7 +44,7 @@ def row(point: MemoryPoint) -> tuple[str, ...]:
     found = point.memory
     optional = [
         megabytes(v) if v is not None else DASH
-        for v in (point.system_peak, found.anonymous, found.file_backed, point.gpu)
+        for v in (point.peaks[-1], point.system_peak, found.anonymous, found.file_backed, point.gpu)
     ]
     off = point.off
     expected = (DASH, DASH) if off is None else (megabytes(sum(point.expected.values())), f"{100 * off:+.1f} %")

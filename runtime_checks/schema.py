@@ -116,6 +116,7 @@ class Memory(Frozen):
     peak: int
     anonymous: int | None  # of the resident memory after the run: the process's own pages …
     file_backed: int | None  # … and pages of mapped files (memory-mapped weights, shared libraries)
+    libraries: int | None = None  # of those, pages of shared libraries that came to be resident after the baseline
     parts: dict[str, int]
 
 

@@ -65,13 +65,17 @@ def memory(study: MemoryReport, of: str) -> list[Plot]:
     names = file_names(curves)
     lines: dict[str, list[tuple[float, float]]] = {}
     dotted: dict[str, list[tuple[float, float]]] = {}
-    rows: list[list[Value]] = [["artefact", "context", "peak, bytes", "expected, bytes", "GPU, bytes"]]
+    rows: list[list[Value]] = [
+        ["artefact", "context", "least peak, bytes", "largest, bytes", "expected, bytes", "GPU, bytes"]
+    ]
     for name, curve in zip(names, curves, strict=True):
         lines[name] = [(p.context, p.memory.peak / 1e6) for p in curve.points]
         dotted[name] = [(p.context, sum(p.expected.values()) / 1e6) for p in curve.points if p.expected]
-        rows += [[name, p.context, p.memory.peak, sum(p.expected.values()) or None, p.gpu] for p in curve.points]
+        rows += [
+            [name, p.context, p.memory.peak, p.peaks[-1], sum(p.expected.values()) or None, p.gpu] for p in curve.points
+        ]
     drawn = _lines(lines, f"{of}memory", "tokens of context", dotted), rows
-    return drawn_plots([("Peak memory, MB (dotted: what the shapes say)", drawn)])
+    return drawn_plots([("Least peak memory, MB (dotted: what the shapes say)", drawn)])
 
 
 def throughput(study: ThroughputReport, of: str) -> list[Plot]:

@@ -32,6 +32,7 @@ def memory_of(child: Child, prompt: list[int], decode: int, covers: str) -> Memo
         peak=used["peak"],
         anonymous=used.get("anonymous"),
         file_backed=used.get("file_backed"),
+        libraries=used["libraries"],
         parts=used["parts"],
     )
 

@@ -124,8 +124,9 @@ def memory_(
     artefacts: Artefacts,
     contexts: Annotated[str, typer.Option(help="Lengths of context in tokens, with commas between them.")] = "512,2048",
     runtimes: OnlyRuntimes = None,
+    rounds: Annotated[int, typer.Option(help="How many fresh processes every peak is of.")] = 3,
     tolerance: Annotated[
-        float, typer.Option(help="Share of the peak by which what the shapes say may be off: more fails.")
+        float, typer.Option(help="Share of the least peak by which what the shapes say may be off: more fails.")
     ] = 0.05,
     threads: Threads = None,
     device: OnDevice = "cpu",
@@ -147,6 +148,7 @@ def memory_(
         artefacts,
         lengths,
         threads=threads,
+        rounds=rounds,
         tolerance=tolerance,
         runtimes=only,
         device=device,

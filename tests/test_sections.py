@@ -34,11 +34,19 @@ BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), No
 def memory_study(reasons: list[str]) -> MemoryReport:
     found = Memory(covers="x", baseline=1, after_load=2, peak=50_000_000, anonymous=1, file_backed=None, parts={})
     points = [
-        MemoryPoint(context=n, memory=found, system_peak=None, expected={"weights": 49_000_000}) for n in (512, 2048)
+        MemoryPoint(
+            context=n,
+            memory=found,
+            peaks=[50_000_000, 52_000_000],
+            system_peak=None,
+            system_off=0,
+            expected={"weights": 49_000_000},
+        )
+        for n in (512, 2048)
     ]
     curve = MemoryCurve(artefact="build/small.gguf", points=points, reasons=reasons, **ABOUT)
     skipped = [Skipped(what="a.onnx", reason="not installed")]
-    return MemoryReport(**run_record(1), packages={}, tolerance=0.05, curves=[curve], skipped=skipped)
+    return MemoryReport(**run_record(1), packages={}, tolerance=0.05, rounds=2, curves=[curve], skipped=skipped)
 
 
 def throughput_study() -> ThroughputReport:
@@ -138,7 +146,7 @@ def test_files_of_one_name_are_told_apart() -> None:
 def test_what_is_wrong_is_told_of_the_kind_that_a_file_is(files: list[Path], tmp_path: Path) -> None:
     damaged = json.loads(files[1].read_text()) | {"tolerance": "much"}
     (tmp_path / "damaged.json").write_text(json.dumps(damaged))
-    with pytest.raises(UserError, match=r"is no result of check memory of schema version 1 \(tolerance: "):
+    with pytest.raises(UserError, match=r"is no result of check memory of schema version 2 \(tolerance: "):
         load_results([tmp_path / "damaged.json"])
 
 
