@@ -319,7 +319,8 @@ def notes() -> list[str]:
         "Perplexity scores every token of a window but its first; its standard error is over the windows.",
         "KL divergence is KL(PyTorch fp32 || runtime) in nats, same weights, over the scored positions.",
         "Peak memory is the resident peak of a fresh process (mapped weights included); it covers loading, one prompt "
-        "and some decoding, not the parity run.",
+        "and some decoding, not the parity run. Another process may take some per cent more: heaps find room by chance "
+        "(check memory measures several).",
         "Speed is the median over rounds [minimum to maximum]; within a round the models take turns.",
         "llama.cpp runs as by default (F16 KV cache, flash attention where it chooses), an F32 file without either's rounding.",
         "Where other programs keep the cores busy, processes run with OMP_WAIT_POLICY=PASSIVE (and a warning is given).",

@@ -31,7 +31,8 @@ class Session:
         self.runtime = made(path, threads, context, device)
         baseline, self.libraries = resident()["now"], library_pages()
         self.runtime.load()
-        return {"version": self.runtime.version, "baseline": baseline, "after_load": resident()["now"]}
+        told = {"version": self.runtime.version, "pid": os.getpid()}
+        return {**told, "baseline": baseline, "after_load": resident()["now"]}
 
     def use(self, prompt: list[int], decode: int) -> dict[str, Any]:
         """A prompt and some decoding, as a user's process would do; then the memory figures so far."""

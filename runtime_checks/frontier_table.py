@@ -17,10 +17,11 @@ from sola_edge.files import replace_file
 HEADS = ("Model", "Type", "Runtime", "Size", "Perplexity ÷", "Peak", "Prefill", "Decode", "Front", "Beaten by")
 SHORT = ("Model", "Type", "Size", "Perplexity ÷", "Peak", "Prefill", "Decode", "Front", "Beaten by")  # 80 columns
 EXPLAINED = (
-    "Perplexity ÷ the reference's ± the standard error of the paired difference over windows. Size: the file or folder. Peak: "
-    "resident, of a fresh process. Prefill and decode: tokens/s of the run (÷ the dense baseline's, measured in turn with it). "
-    "Front: not beaten by any setting in bytes and perplexity (B), in decode speed and perplexity (D). Beaten by: the best "
-    "dense file of the same runtime that is no larger and no worse; the ratio is of the two perplexities, paired."
+    "Perplexity ÷ the reference's ± the standard error of the paired difference over windows. Size: the file or folder. "
+    "Peak: resident, of one fresh process (another may take some per cent more). Prefill and decode: tokens/s of the run "
+    "(÷ the dense baseline's, measured in turn with it). Front: not beaten by any setting in bytes and perplexity (B), in "
+    "decode speed and perplexity (D). Beaten by: the best dense file of the same runtime that is no larger and no worse; "
+    "the ratio is of the two perplexities, paired."
 )
 ROUNDED = ("f", "b")  # first letters of types that are not of few bits
 

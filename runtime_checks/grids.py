@@ -33,7 +33,7 @@ def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def print_grid(console: Console, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """The same on the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, head in enumerate(heads):
         table.add_column(head, justify="right" if i else "left", overflow="fold")
     for row in rows:

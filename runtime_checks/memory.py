@@ -4,12 +4,14 @@ On Linux the peak is VmHWM of /proc/self/status, which belongs to the program th
 it keeps the peak of the process that started it, so a child of a large parent would look large.)
 """
 
+import re
 import sys
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 MAPPINGS = Path("/proc/self/smaps")
-LIBRARY = ".so"  # or .so.1
+COUNTED = {"Rss:": 1, "Anonymous:": -1}  # kB of a mapping
+LIBRARY = re.compile(r"/.*\.so(\.\d+)*( \(deleted\))?")
 
 
 def resident() -> dict[str, int]:
@@ -22,20 +24,24 @@ def resident() -> dict[str, int]:
 
 
 def library_pages() -> int | None:
-    """Bytes of shared libraries that are resident; None where the system does not tell (it does on Linux).
+    """Bytes of shared libraries' files that are resident, without what a process wrote into them; None where the system does
+    not tell (Linux does).
 
     They are of the system's cache of files, and how many are resident is its choice: of a library that was written a moment
     ago it maps a third more than of one that it read from the disk.
     """
-    if not MAPPINGS.exists():
+    try:
+        mappings = MAPPINGS.read_text(errors="replace").split("\n")
+    except OSError:
         return None
-    pages, name = 0, ""
-    for line in MAPPINGS.read_text().splitlines():
+    pages, library = 0, False
+    for line in mappings:
         field, _, rest = line.partition(" ")
-        if not field.endswith(":"):  # a mapping's head: addresses, rights, offset, device, inode, file
-            name = Path(line.split(maxsplit=5)[5]).name if line.count("/") else ""
-        elif field == "Rss:" and LIBRARY in name:
-            pages += int(rest.split()[0]) * 1024
+        if not field.endswith(":"):  # a mapping's head: addresses, rights, offset, device, inode, and perhaps a file
+            parts = line.split(maxsplit=5)
+            library = len(parts) == 6 and LIBRARY.fullmatch(parts[5]) is not None
+        elif library and field in COUNTED:
+            pages += COUNTED[field] * int(rest.split()[0]) * 1024
     return pages
 
 

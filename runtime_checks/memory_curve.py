@@ -38,9 +38,9 @@ class MemoryPoint(Frozen):
     fp16 and bf16 graphs on it), and then not judged.
 
     memory: of the process with the least peak; peaks: of all of them, ascending. system_peak: wait4's of that process, null
-    where there is none; system_off: the largest (process's own peak - the system's) of all, as a share of the system's. gpu:
-    bytes of CUDA devices that the process held at its end, by NVIDIA's own library (allocators of these runtimes give nothing
-    back before it), null where that tells nothing.
+    where there is none; system_off: the largest (process's own peak - the system's) of all, as a share of the system's, null
+    likewise. gpu: the most bytes of CUDA devices that a process held at its end, by NVIDIA's own library (allocators of these
+    runtimes give nothing back before it), null where that tells nothing.
 
     measured: when (UTC, ISO 8601), where an earlier run's figures were used again.
     """
@@ -49,7 +49,7 @@ class MemoryPoint(Frozen):
     memory: Memory
     peaks: list[int]
     system_peak: int | None
-    system_off: float
+    system_off: float | None
     gpu: int | None = None
     expected: dict[str, int]
     version: str = ""  # of the runtime
@@ -164,8 +164,10 @@ def _curve(
             reasons.append(
                 f"{point.context} tokens: the shapes say {100 * point.off:+.1f} % of the least peak that was measured"
             )
-        if abs(point.system_off) > SYSTEM_TOLERANCE:
-            reasons.append(f"{point.context} tokens: the peak is {100 * point.system_off:+.1f} % off the system's own")
+        if point.system_off is not None and abs(point.system_off) > SYSTEM_TOLERANCE:
+            reasons.append(
+                f"{point.context} tokens: a process's peak is {100 * point.system_off:+.1f} % off the system's own"
+            )
     return MemoryCurve(
         **{**subject.measured(), "version": points[0].version if points else "", "reasons": reasons},
         points=points,
@@ -182,8 +184,8 @@ def _point(subject: Subject, shapes: Shapes, context: int, threads: int, rounds:
         memory=memory,
         peaks=[one.memory.peak for one in measured],
         system_peak=measured[0].system_peak,
-        system_off=max((one.system_off for one in measured), key=abs),
-        gpu=measured[0].gpu,
+        system_off=max((one.system_off for one in measured if one.system_off is not None), key=abs, default=None),
+        gpu=max((one.gpu for one in measured if one.gpu is not None), default=None),
         expected=expected_memory(subject.row.name, subject.artefact, shapes, context, prompt, memory) if judged else {},
         version=measured[0].version,
     )
@@ -199,8 +201,8 @@ class _Process:
     version: str
 
     @property
-    def system_off(self) -> float:
-        return self.memory.peak / self.system_peak - 1 if self.system_peak else 0.0
+    def system_off(self) -> float | None:
+        return self.memory.peak / self.system_peak - 1 if self.system_peak else None
 
 
 def _process(subject: Subject, context: int, threads: int) -> _Process:

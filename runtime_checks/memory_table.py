@@ -8,7 +8,7 @@ from runtime_checks.summary import DASH, megabytes, reused
 
 PARTS = {
     "runtime": "runtime",
-    "libraries": "libraries",
+    "libraries": "libs",
     "session": "session",
     "weights": "weights",
     "copies": "copies",
@@ -17,15 +17,8 @@ PARTS = {
     "logits": "logits",
     "activations": "other",
 }
-HEADS = ("Context", "Least peak", "Largest", "System's", "Anonymous", "Files", "GPU", "Expected", "Off")
-EXPLAINED = (
-    "Peak: resident, of fresh processes, the least and the largest of them (heaps find room by chance), by a process's own "
-    "account; all else is of the one with the least. System's: the same by the system (wait4). Anonymous: pages of its own; "
-    "files: mapped ones (weights, libraries). Expected: the sum of the parts below it, which follow from the shapes in the "
-    "file, beside the runtime's own; off: expected - least peak, as a share of it. GPU: of the process on CUDA devices, by "
-    "NVIDIA's library; where nothing is expected (another device than the CPU, fp16 and bf16 graphs on it), the peak is not "
-    "judged."
-)
+HEADS = ("Tokens", "Least", "Largest", "System", "Own", "Files", "GPU", "Shapes", "Off")  # 80 columns
+PART_HEADS = ("MB of", *PARTS.values())
 
 
 def print_memory(report: MemoryReport, console: Console | None = None) -> None:
@@ -34,9 +27,24 @@ def print_memory(report: MemoryReport, console: Console | None = None) -> None:
     for name, curve in zip(file_names(report.curves), report.curves, strict=True):
         print_lines(console, [f"{name}, {megabytes(curve.bytes)} on disk"], "bold")
         print_grid(console, HEADS, map(row, curve.points))
-        print_grid(console, ("MB of", *PARTS.values()), map(_parts, curve.points))
-    print_lines(console, [EXPLAINED, *reused(point.measured for curve in report.curves for point in curve.points)])
+        print_grid(console, PART_HEADS, map(parts, curve.points))
+    moments = reused(point.measured for curve in report.curves for point in curve.points)
+    print_lines(console, [explained(report), *moments])
     print_left_out(console, report.skipped, report.failures)
+
+
+def explained(report: MemoryReport) -> str:
+    """What the columns are."""
+    processes = "one fresh process" if report.rounds == 1 else f"{report.rounds} fresh processes"
+    return (
+        f"Least, largest: resident peak of {processes} (heaps find room by chance), by a process's own account; the rest is "
+        "of the one with the least. System: its peak by the system (wait4). Own, files: of what was resident at its end, pages "
+        "of its own and those of mapped files (weights, libraries). Shapes: the sum of the parts, which follow from the "
+        "shapes in the file, but for the runtime before the model is loaded and pages of libraries, which are measured, and "
+        "the session, a constant; off: shapes - least, as a share of it. GPU: the most that a process had on CUDA devices, "
+        "by NVIDIA's library; where nothing is expected (another device than the CPU, fp16 and bf16 graphs on it), the peak "
+        "is not judged."
+    )
 
 
 def row(point: MemoryPoint) -> tuple[str, ...]:
@@ -51,5 +59,8 @@ def row(point: MemoryPoint) -> tuple[str, ...]:
     return (f"{point.context:,}", megabytes(found.peak), *optional, *expected)
 
 
-def _parts(point: MemoryPoint) -> tuple[str, ...]:
-    return (f"{point.context:,}", *(f"{point.expected.get(part, 0) / 1e6:,.1f}" for part in PARTS))
+def parts(point: MemoryPoint) -> tuple[str, ...]:
+    """The cells under PART_HEADS."""
+    sizes = [point.expected.get(part, 0) / 1e6 for part in PARTS] if point.expected else []
+    cells = [f"{size:,.1f}" if size < 100 else f"{size:,.0f}" for size in sizes]
+    return (f"{point.context:,}", *(cells or [DASH] * len(PARTS)))

@@ -34,15 +34,17 @@ class Child:
         self._folder = tempfile.TemporaryDirectory(prefix="sola-edge-")
         self._told = Path(self._folder.name) / "peak"
         command = [sys.executable, "-m", "runtime_checks.child", row.module]
+        self._launched = counted and SUPPORTED
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
         self._process = subprocess.Popen(
-            launched(command, self._told) if counted and SUPPORTED else command,
+            launched(command, self._told) if self._launched else command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             cwd=ROOT,  # found there even when the package is not installed
             env=_environment(row, threads),
             text=True,
+            start_new_session=self._launched,  # so that a launcher can be killed with what it launched
         )
         try:
             self.loaded = self.ask("load", path=str(self.path), threads=threads, context=context, device=row.known)
@@ -52,8 +54,8 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
-        return self._process.pid
+        """The number of the process that holds the model, which is not the launcher's."""
+        return int(self.loaded["pid"])
 
     def ask(self, request: str, **arguments: Any) -> Any:
         """Send one request and wait for its answer."""
@@ -97,7 +99,7 @@ class Child:
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         self.system_peak = peak_told(self._told)
         self._folder.cleanup()
@@ -110,8 +112,16 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._process.kill()
+            self._kill()
         self.close()
+
+    def _kill(self) -> None:
+        if self._process.poll() is not None:
+            return
+        if self._launched:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
 
 
 def _environment(row: RuntimeRow, threads: int) -> dict[str, str]:

@@ -129,7 +129,7 @@ def _without_repeats(items: list[object]) -> list[object]:
 
 
 def _read(path: Path) -> Report | Study:
-    """As the kind of file that its fields say it is; what is none is refused as a report."""
+    """As the kind of file that its fields say it is."""
     kind = _kind(path)
     version = kind.model_fields["schema_version"].default
     name = SECTIONS[kind].name if kind in SECTIONS else "report"
@@ -141,10 +141,14 @@ def _read(path: Path) -> Report | Study:
 
 
 def _kind(path: Path) -> Any:
-    """The first of the studies' models all of whose required fields are there, else a report's."""
+    """The model that lacks the fewest fields and has the fewest too many: what an older version wrote has some of either."""
     try:
         fields = set(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # told when it is read
         return Report
-    required = {kind: {name for name, field in kind.model_fields.items() if field.is_required()} for kind in SECTIONS}
-    return next((kind for kind, names in required.items() if names <= fields), Report)
+
+    def wrong(kind: Any) -> int:
+        required = {name for name, field in kind.model_fields.items() if field.is_required()}
+        return len(required - fields) + len(fields - set(kind.model_fields))
+
+    return min([Report, *SECTIONS], key=wrong)

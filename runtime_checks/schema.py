@@ -108,15 +108,20 @@ class Throughput(Frozen):
 
 
 class Memory(Frozen):
-    """Resident memory of a fresh process, bytes; `parts` is what the runtime itself tells (weights, kv, compute, …)."""
+    """Resident memory of a fresh process, bytes; `parts` is what the runtime itself tells (weights, kv, compute, …).
+
+    baseline: interpreter and runtime library, before the model is loaded. anonymous, file_backed: of what is resident after the
+    run, the process's own pages and those of mapped files (memory-mapped weights, shared libraries). libraries: pages of shared
+    libraries' files that came to be resident after the baseline. Null where the system does not tell.
+    """
 
     covers: str
-    baseline: int  # interpreter and runtime library, before the model is loaded
+    baseline: int
     after_load: int
     peak: int
-    anonymous: int | None  # of the resident memory after the run: the process's own pages …
-    file_backed: int | None  # … and pages of mapped files (memory-mapped weights, shared libraries)
-    libraries: int | None = None  # of those, pages of shared libraries that came to be resident after the baseline
+    anonymous: int | None
+    file_backed: int | None
+    libraries: int | None = None
     parts: dict[str, int]
 
 

@@ -84,15 +84,19 @@ def _frontier(study: Frontier, of: str) -> Section:
 def _memory(study: MemoryReport, of: str) -> Section:
     names = file_names(study.curves)
     tables = [
-        Table(memory_table.HEADS, [*map(memory_table.row, curve.points)], name)
+        table
         for name, curve in zip(names, study.curves, strict=True)
+        for table in (
+            Table(memory_table.HEADS, [*map(memory_table.row, curve.points)], name),
+            Table(memory_table.PART_HEADS, [*map(memory_table.parts, curve.points)], f"{name}: what is expected"),
+        )
     ]
     moments = reused(point.measured for curve in study.curves for point in curve.points)
     return Section(
         title="Memory by length of context",
         tables=tables,
         plots=section_plots.memory(study, of),
-        explained=[memory_table.EXPLAINED, *moments, *_skipped(study)],
+        explained=[memory_table.explained(study), *moments, *_skipped(study)],
         **_common(study),
     )
 

@@ -148,6 +148,10 @@ def test_what_is_wrong_is_told_of_the_kind_that_a_file_is(files: list[Path], tmp
     (tmp_path / "damaged.json").write_text(json.dumps(damaged))
     with pytest.raises(UserError, match=r"is no result of check memory of schema version 2 \(tolerance: "):
         load_results([tmp_path / "damaged.json"])
+    older = {name: value for name, value in json.loads(files[1].read_text()).items() if name != "rounds"}
+    (tmp_path / "older.json").write_text(json.dumps(older | {"schema_version": 1}))
+    with pytest.raises(UserError, match="is no result of check memory of schema version 2"):
+        load_results([tmp_path / "older.json"])
 
 
 def test_a_failed_study_fails_the_page(files: list[Path], tmp_path: Path) -> None:
