@@ -6,6 +6,7 @@ it keeps the peak of the process that started it, so a child of a large parent w
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
@@ -31,14 +32,18 @@ def library_pages() -> int | None:
     ago it maps a third more than of one that it read from the disk.
     """
     try:
-        mappings = MAPPINGS.read_text(errors="replace").split("\n")
+        with MAPPINGS.open(errors="replace", newline="\n") as mappings:  # line by line: this process is being measured
+            return _library_pages(mappings)
     except OSError:
         return None
+
+
+def _library_pages(mappings: Iterable[str]) -> int:
     pages, library = 0, False
     for line in mappings:
         field, _, rest = line.partition(" ")
         if not field.endswith(":"):  # a mapping's head: addresses, rights, offset, device, inode, and perhaps a file
-            parts = line.split(maxsplit=5)
+            parts = line.rstrip("\n").split(maxsplit=5)
             library = len(parts) == 6 and LIBRARY.fullmatch(parts[5]) is not None
         elif library and field in COUNTED:
             pages += COUNTED[field] * int(rest.split()[0]) * 1024

@@ -49,6 +49,7 @@ class Child:
         try:
             self.loaded = self.ask("load", path=str(self.path), threads=threads, context=context, device=row.known)
         except BaseException:
+            self._kill()
             self.close()
             raise
 
@@ -116,10 +117,9 @@ class Child:
         self.close()
 
     def _kill(self) -> None:
-        if self._process.poll() is not None:
-            return
-        if self._launched:
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._launched:  # its group: the launcher may have ended before what it launched
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         else:
             self._process.kill()
 

@@ -31,9 +31,8 @@ def print_recommendation(found: Recommendation, console: Console | None = None) 
         better = " (less perplexity)" if found.chosen and lost.option.ratio.value < found.chosen.ratio.value else ""
         say(f"  {lost.option.setting}{better}: {'; '.join(lost.reasons)}", "dim")
     say(f"From {found.frontier}; memory and speeds are those of the machine that measured it.", "dim")
-    say(
-        "Memory is the peak of one process; another may take some per cent more (check memory measures several).", "dim"
-    )
+    say("Memory is the peak of one process, and what the shapes say of further tokens; another process may", "dim")
+    say("take some per cent more (check memory measures several).", "dim")
 
 
 def _row(option: Option) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime_checks.formats import FILES
 from runtime_checks.json_file import read_model, write_model
 from runtime_checks.schema import Report
 from runtime_checks.sections import SECTIONS, Study, section
@@ -129,8 +130,12 @@ def _without_repeats(items: list[object]) -> list[object]:
 
 
 def _read(path: Path) -> Report | Study:
-    """As the kind of file that its fields say it is."""
+    """As the kind of file that its fields say it is. Raises UserError for one that no page shows."""
     kind = _kind(path)
+    if kind is not Report and kind not in SECTIONS:
+        file = next(name for name, (model, _) in FILES.items() if model is kind)
+        shown = ", ".join(name for name, (model, _) in FILES.items() if model is Report or model in SECTIONS)
+        raise UserError(f"{path} is a {file}, which no page shows: give one of {shown}")
     version = kind.model_fields["schema_version"].default
     name = SECTIONS[kind].name if kind in SECTIONS else "report"
     wanted = f"{name} of schema version {version}"
@@ -151,4 +156,4 @@ def _kind(path: Path) -> Any:
         required = {name for name, field in kind.model_fields.items() if field.is_required()}
         return len(required - fields) + len(fields - set(kind.model_fields))
 
-    return min([Report, *SECTIONS], key=wrong)
+    return min((model for model, _ in FILES.values()), key=wrong)

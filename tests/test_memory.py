@@ -358,6 +358,19 @@ def test_a_process_that_is_counted_is_killed_with_its_launcher(onnx_folder: Path
         pytest.fail("it lives on")
 
 
+def test_what_is_interrupted_while_it_loads_is_killed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(child: Child, request: str, **arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    busy = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr("runtime_checks.process.launched", lambda command, told: launched(busy, told))
+    monkeypatch.setattr(Child, "ask", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Child(RUNTIMES["onnxruntime"], tmp_path, 1, 64, counted=True)
+    assert time.monotonic() - start < 9  # without, it is given ten seconds to end
+
+
 def test_bad_input_is_refused(onnx_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="context 8 is out of range"):
         memory_curves([onnx_folder], [64, 8])

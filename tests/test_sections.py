@@ -26,6 +26,7 @@ from sola_edge.cli import app
 from sola_edge.errors import UserError
 
 FRONTIER = Path(__file__).parent.parent / "docs" / "results" / "frontier" / "frontier.json"  # SmolLM2's, measured
+COMPARISON = FRONTIER.parent.parent / "wikitext2" / "compare.json"
 ABOUT = {"kind": "gguf", "precision": "f16", "bytes": 2_000_000, "runtime": "llama.cpp", "version": "1"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -143,11 +144,18 @@ def test_files_of_one_name_are_told_apart() -> None:
     assert len(both.tables[0].rows) == 2 and len(both.plots[0].rows) == 3
 
 
+@pytest.mark.parametrize("name", ["frontier/frontier.json", "memory/memory.json", "accuracy/accuracy.json"])
+def test_published_results_are_of_the_present_schema(name: str) -> None:
+    assert load_results([FRONTIER.parent.parent / name])[1]
+
+
 def test_what_is_wrong_is_told_of_the_kind_that_a_file_is(files: list[Path], tmp_path: Path) -> None:
     damaged = json.loads(files[1].read_text()) | {"tolerance": "much"}
     (tmp_path / "damaged.json").write_text(json.dumps(damaged))
     with pytest.raises(UserError, match=r"is no result of check memory of schema version 2 \(tolerance: "):
         load_results([tmp_path / "damaged.json"])
+    with pytest.raises(UserError, match=r"is a compare\.json, which no page shows: give one of report\.json, frontier"):
+        load_results([COMPARISON])
     older = {name: value for name, value in json.loads(files[1].read_text()).items() if name != "rounds"}
     (tmp_path / "older.json").write_text(json.dumps(older | {"schema_version": 1}))
     with pytest.raises(UserError, match="is no result of check memory of schema version 2"):
