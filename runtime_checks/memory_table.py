@@ -1,9 +1,11 @@
 """Memory over lengths of context on the terminal: measured, expected and what the difference is."""
 
+from collections.abc import Iterator
+
 from rich.console import Console
 
 from runtime_checks.grids import file_names, print_grid, print_left_out, print_lines
-from runtime_checks.memory_curve import MemoryPoint, MemoryReport
+from runtime_checks.memory_curve import MemoryCurve, MemoryPoint, MemoryReport
 from runtime_checks.summary import DASH, megabytes, reused
 
 PARTS = {
@@ -26,11 +28,18 @@ def print_memory(report: MemoryReport, console: Console | None = None) -> None:
     console = console or Console()
     for name, curve in zip(file_names(report.curves), report.curves, strict=True):
         print_lines(console, [f"{name}, {megabytes(curve.bytes)} on disk"], "bold")
-        print_grid(console, HEADS, map(row, curve.points))
-        print_grid(console, PART_HEADS, map(parts, curve.points))
+        for _, heads, rows in tables(name, curve):
+            print_grid(console, heads, rows)
     moments = reused(point.measured for curve in report.curves for point in curve.points)
     print_lines(console, [explained(report), *moments])
     print_left_out(console, report.skipped, report.failures)
+
+
+def tables(name: str, curve: MemoryCurve) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """(title, heads, rows) of what was measured, and of what is expected where anything is."""
+    yield name, HEADS, [row(point) for point in curve.points]
+    if any(point.expected for point in curve.points):
+        yield f"{name}: what is expected", PART_HEADS, [parts(point) for point in curve.points]
 
 
 def explained(report: MemoryReport) -> str:

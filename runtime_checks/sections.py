@@ -84,12 +84,9 @@ def _frontier(study: Frontier, of: str) -> Section:
 def _memory(study: MemoryReport, of: str) -> Section:
     names = file_names(study.curves)
     tables = [
-        table
+        Table(heads, rows, title)
         for name, curve in zip(names, study.curves, strict=True)
-        for table in (
-            Table(memory_table.HEADS, [*map(memory_table.row, curve.points)], name),
-            Table(memory_table.PART_HEADS, [*map(memory_table.parts, curve.points)], f"{name}: what is expected"),
-        )
+        for title, heads, rows in memory_table.tables(name, curve)
     ]
     moments = reused(point.measured for curve in study.curves for point in curve.points)
     return Section(
